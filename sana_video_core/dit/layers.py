@@ -1,0 +1,218 @@
+"""The layers of the Linear DiT: norms, embedders, linear and cross attention, Mix-FFN, block, final layer.
+
+Module and parameter names are the official ones, so one key space serves checkpoints, LoRAs and quantisation. Every
+matrix product is a ``Linear`` of the ``operations`` namespace handed in (``torch.nn`` or ComfyUI's casting layers): the
+1x1 convolutions, the temporal convolution and the patch embedding too. Source: model spec 1.3-1.11, causal spec 1-2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..specs import ModelSpec
+from ..state import LayerState
+
+# Working memory that one pass of the FFN's hidden layer may take. Frames are independent there, so more passes give the
+# same values; this bounds the peak on small cards and stays far above the size where a GPU is no longer full.
+FFN_PASS_BYTES = 1 << 30
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass reads.
+
+    ``grid`` (frames, height, width) in tokens; ``rows`` time modulation ``[B, F, 6, C]`` (F = 1 or frames);
+    ``text`` ``[B, L, C]``; ``mask`` ``[B, L]`` bool or None; ``cos``, ``sin`` rotary table.
+    """
+
+    grid: tuple[int, int, int]
+    rows: Tensor
+    text: Tensor
+    mask: Tensor | None
+    cos: Tensor
+    sin: Tensor
+
+
+def _here(p: Tensor, x: Tensor) -> Tensor:
+    """A raw parameter on the device of ``x`` (a partly offloaded model keeps some on the CPU)."""
+    return p if p.device == x.device else p.to(x.device, non_blocking=True)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis with a raw weight."""
+
+    def __init__(self, width: int, eps: float, dtype=None, device=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, _here(self.weight, x), self.eps)
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: a convolution with kernel = stride, written as one Linear."""
+
+    def __init__(self, spec: ModelSpec, operations, **kw):
+        super().__init__()
+        self.proj = operations.Linear(spec.channels * spec.patch[0] * spec.patch[1] * spec.patch[2], spec.width, **kw)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches)
+
+
+class TimeEmbed(nn.Module):
+    """Sinusoid (256) -> Linear, SiLU, Linear."""
+
+    def __init__(self, width: int, operations, **kw):
+        super().__init__()
+        self.mlp = nn.Sequential(operations.Linear(256, width, **kw), nn.SiLU(), operations.Linear(width, width, **kw))
+
+    def forward(self, sinusoid: Tensor) -> Tensor:
+        return self.mlp(sinusoid)
+
+
+class _CaptionMLP(nn.Module):
+    def __init__(self, spec: ModelSpec, operations, **kw):
+        super().__init__()
+        self.fc1 = operations.Linear(spec.caption_channels, spec.width, **kw)
+        self.fc2 = operations.Linear(spec.width, spec.width, **kw)
+
+    def forward(self, caption: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(caption), approximate="tanh"))
+
+
+class CaptionEmbed(nn.Module):
+    """Caption features to model width."""
+
+    def __init__(self, spec: ModelSpec, operations, **kw):
+        super().__init__()
+        self.y_proj = _CaptionMLP(spec, operations, **kw)
+
+    def forward(self, caption: Tensor) -> Tensor:
+        return self.y_proj(caption)
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear attention with rotary positions; reads and returns the recurrent sums."""
+
+    def __init__(self, spec: ModelSpec, operations, options: dict[str, Any], **kw):
+        super().__init__()
+        self.heads, self.parity, self.eps = spec.linear_heads, options["parity"], options["attention_eps"]
+        self.qkv = operations.Linear(spec.width, 3 * spec.width, bias=False, **kw)
+        self.q_norm = RMSNorm(spec.width, 1e-5, **kw)
+        self.k_norm = RMSNorm(spec.width, 1e-5, **kw)
+        self.proj = operations.Linear(spec.width, spec.width, **kw)
+
+    def forward(self, x: Tensor, ctx: Context, history: LayerState | None) -> tuple[Tensor, ops.Contribution]:
+        past = None if history is None else ops.Contribution(history.vk, history.ksum)
+        out, own = ops.linear_attention(
+            self.qkv(x), _here(self.q_norm.weight, x), _here(self.k_norm.weight, x), ctx.cos, ctx.sin, self.heads, past,
+            parity=self.parity, eps=self.eps,
+        )
+        return self.proj(out), own
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention over the text, q/k RMSNorm over all channels."""
+
+    def __init__(self, spec: ModelSpec, operations, options: dict[str, Any], **kw):
+        super().__init__()
+        self.heads = spec.cross_heads
+        self.q_linear = operations.Linear(spec.width, spec.width, **kw)
+        self.kv_linear = operations.Linear(spec.width, 2 * spec.width, **kw)
+        self.q_norm = RMSNorm(spec.width, options["cross_eps"], **kw)
+        self.k_norm = RMSNorm(spec.width, options["cross_eps"], **kw)
+        self.proj = operations.Linear(spec.width, spec.width, **kw)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        k, v = self.kv_linear(text).chunk(2, -1)
+        return self.proj(ops.softmax_attention(self.q_norm(self.q_linear(x)), self.k_norm(k), v, self.heads, mask))
+
+
+class _Conv(nn.Module):
+    """A named holder, so that the official key ``<layer>.conv.weight`` exists."""
+
+    def __init__(self, conv: nn.Module):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class _DepthwiseGate(nn.Conv2d):
+    """Holds the depthwise weight; called through ``ops.gated_depthwise``, so that a fused kernel can take its place."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # noqa: D102
+        bias = None if self.bias is None else _here(self.bias, x).to(x.dtype)
+        return ops.gated_depthwise(x, _here(self.weight, x).to(x.dtype), bias, grid)
+
+
+class MixFFN(nn.Module):
+    """Up, SiLU, depthwise 3x3, gate, down on every frame; then a residual 3-tap convolution in time."""
+
+    def __init__(self, spec: ModelSpec, operations, **kw):
+        super().__init__()
+        width, hidden = spec.width, spec.ffn_hidden
+        self.inverted_conv = _Conv(operations.Linear(width, 2 * hidden, **kw))
+        self.depth_conv = nn.Module()
+        self.depth_conv.conv = _DepthwiseGate(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **kw)
+        self.point_conv = _Conv(operations.Linear(hidden, width, bias=False, **kw))
+        self.t_conv = operations.Linear(3 * width, width, bias=False, **kw)
+
+    def spatial(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.point_conv(self.depth_conv.conv(self.inverted_conv(x), grid))
+
+    def forward(self, x: Tensor, grid: tuple[int, int, int], tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``[B, N, C]`` -> (output, this block's tail ``[B, 1, S, C]``)."""
+        frames, height, width = grid
+        hidden = 2 * self.point_conv.conv.in_features
+        frame_bytes = x.shape[0] * height * width * hidden * x.element_size()
+        group = max(1, FFN_PASS_BYTES // frame_bytes)
+        if group >= frames or torch.is_grad_enabled():
+            u = self.spatial(x, (height, width))
+        else:
+            pieces = x.unflatten(1, (frames, -1)).split(group, 1)
+            u = torch.cat([self.spatial(p.flatten(1, 2), (height, width)) for p in pieces], 1)
+        taps, own_tail = ops.temporal_taps(u, frames, tail)
+        return u + self.t_conv(taps), own_tail
+
+
+class Block(nn.Module):
+    """One transformer block (model spec 1.10). ``forward`` reads ``history`` and returns what a commit would store."""
+
+    def __init__(self, spec: ModelSpec, operations, options: dict[str, Any], **kw):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, spec.width, **kw))
+        self.attn = LinearAttention(spec, operations, options, **kw)
+        self.cross_attn = CrossAttention(spec, operations, options, **kw)
+        self.mlp = MixFFN(spec, operations, **kw)
+
+    def forward(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
+        attended, own = self.attn(ops.modulate_norm(x, shift1, scale1), ctx, history)
+        x = ops.gated_residual(x, attended, gate1)
+        x = x + self.cross_attn(x, ctx.text, ctx.mask)
+        mixed, tail = self.mlp(ops.modulate_norm(x, shift2, scale2), ctx.grid, None if history is None else history.tail)
+        return ops.gated_residual(x, mixed, gate2), LayerState(own.vk, own.ksum, tail)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm with the time embedding itself (not the block rows), then Linear to patches (model spec 1.11)."""
+
+    def __init__(self, spec: ModelSpec, operations, **kw):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, spec.width, **kw))
+        out = spec.channels * spec.patch[0] * spec.patch[1] * spec.patch[2]
+        self.linear = operations.Linear(spec.width, out, **kw)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x ``[B, N, C]``, time ``[B, F, C]``."""
+        shift, scale = (_here(self.scale_shift_table, x).to(time.dtype) + time[:, :, None]).unbind(2)
+        return self.linear(ops.modulate_norm(x, shift, scale))

@@ -1,0 +1,151 @@
+"""SANA-Video's Linear DiT: the forward pass of model spec 1.2, and the block-causal use of the causal spec.
+
+One class for clips and for long video: with ``state=`` the linear attention and the temporal convolution read what earlier
+blocks left, and ``commit`` returns the next state. Not covered: SANA-Video 2.0 (hybrid), samplers, loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SanaVideoError
+from ..specs import ModelSpec
+from ..state import LayerState, RecurrentState, check_fits
+from .embeddings import patchify, rope_table, time_sinusoid, unpatchify
+from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, TimeEmbed
+
+BlockHook = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+class SanaVideoTransformer(nn.Module):
+    """The network ``v = f(latent, time, caption)``; ``v`` is noise minus clean latent.
+
+    operations:      namespace of layer classes (``Linear``), default ``torch.nn``.
+    parity:          round like the official half-precision run (otherwise sums and denominators stay float32).
+    cross_eps, attention_eps, truncate_times: the official values; diffusers' differ (model spec 1.14).
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, operations=nn, dtype: torch.dtype | None = None, device=None, parity: bool = False,
+        cross_eps: float = 1e-6, attention_eps: float = 1e-8, truncate_times: bool = True,
+    ):
+        super().__init__()
+        if spec.hybrid:
+            raise SanaVideoError(f"{spec.name} is of the SANA-Video 2.0 family, which this version cannot run",
+                                 action="Use a SANA-Video 2B checkpoint")
+        kw = {"dtype": dtype, "device": device}
+        options = {"parity": parity, "cross_eps": cross_eps, "attention_eps": attention_eps}
+        self.spec, self.parity, self.truncate_times = spec, parity, truncate_times
+        self.x_embedder = PatchEmbed(spec, operations, **kw)
+        self.t_embedder = TimeEmbed(spec.width, operations, **kw)
+        self.t_block = nn.Sequential(nn.SiLU(), operations.Linear(spec.width, 6 * spec.width, **kw))
+        self.y_embedder = CaptionEmbed(spec, operations, **kw)
+        self.attention_y_norm = RMSNorm(spec.width, 1e-5, **kw)
+        self.blocks = nn.ModuleList(Block(spec, operations, options, **kw) for _ in range(spec.depth))
+        self.final_layer = FinalLayer(spec, operations, **kw)
+
+    def forward(
+        self, latent: Tensor, timestep: Tensor, caption: Tensor, caption_mask: Tensor | None = None, *,
+        state: RecurrentState | None = None, on_block: BlockHook | None = None,
+    ) -> Tensor:
+        """Velocity for ``latent [B, C, T, H, W]`` at ``timestep [B]`` (or ``[B, T]``, one per latent frame), 0..1000.
+
+        ``caption [B, L, D]`` and ``caption_mask [B, L]`` (1 = valid). With ``state`` the block starts at
+        ``state.position`` and sees the history; nothing is written. ``on_block(i, call, x)`` may replace block i.
+        """
+        return self._run(latent, timestep, caption, caption_mask, state, on_block)[0]
+
+    def commit(
+        self, latent: Tensor, caption: Tensor, caption_mask: Tensor | None = None, *,
+        state: RecurrentState | None = None, window: int = 0, keep_undo: bool = False,
+    ) -> tuple[Tensor, RecurrentState]:
+        """The pass at time 0 over a finished block: (velocity, next state). The given state is left as it was.
+
+        ``window`` and ``keep_undo`` matter for a new state only; a given state keeps its own.
+        """
+        times = torch.zeros(latent.shape[0], device=latent.device)
+        v, layers = self._run(latent, times, caption, caption_mask, state, None)
+        grid = tuple(n // p for n, p in zip(latent.shape[2:], self.spec.patch))
+        if state is None:
+            state = RecurrentState.empty(
+                self.spec.name, grid[1:], latent.shape[0], "parity" if self.parity else "quality", window, keep_undo)
+        return v, state.advance(layers, grid[0], latent)
+
+    def _run(self, latent, timestep, caption, caption_mask, state, on_block) -> tuple[Tensor, tuple[LayerState, ...]]:
+        self._check(latent, timestep, caption, caption_mask)
+        dtype = self.final_layer.scale_shift_table.dtype if self.compute_dtype is None else self.compute_dtype
+        grid = tuple(n // p for n, p in zip(latent.shape[2:], self.spec.patch))
+        history: tuple[LayerState | None, ...] = (None,) * len(self.blocks)
+        start = 0
+        if state is not None:
+            check_fits(state, self.spec, grid[1:], latent.shape[0])
+            start = state.position
+            if state.layers:
+                history = state.to(latent.device).layers
+        cos, sin = rope_table(*grid, self.spec.linear_head_dim, start,
+                              torch.float64 if self.parity else torch.float32, latent.device)
+        times = timestep if timestep.ndim == 2 else timestep[:, None]
+        time = self.t_embedder(time_sinusoid(times, truncate=self.truncate_times).to(dtype))
+        rows = self.t_block(time).unflatten(-1, (6, -1))
+        text = self.attention_y_norm(self.y_embedder(caption.to(dtype)))
+        mask = None if caption_mask is None else caption_mask.bool()
+        ctx = Context(grid, rows, text, mask, cos, sin)
+        x = self.x_embedder(patchify(latent.to(dtype), self.spec.patch))
+        layers = []
+        for i, block in enumerate(self.blocks):
+            x = self._run_block(i, block, x, ctx, history[i], on_block, layers)
+        v = unpatchify(self.final_layer(x, time), grid, self.spec.patch)
+        return v, tuple(layers)
+
+    @staticmethod
+    def _run_block(i, block, x, ctx, history, on_block, layers) -> Tensor:
+        def call(tokens: Tensor) -> Tensor:
+            out, layer = block(tokens, ctx, history)
+            layers.append(layer)
+            return out
+
+        return call(x) if on_block is None else on_block(i, call, x)
+
+    compute_dtype: torch.dtype | None = None  # set by an owner whose layers cast their weights on use
+
+    def _check(self, latent: Tensor, timestep: Tensor, caption: Tensor, mask: Tensor | None) -> None:
+        spec = self.spec
+        if latent.ndim != 5 or latent.shape[1] != spec.channels:
+            raise SanaVideoError(
+                f"The latent does not fit {spec.name}", found=f"shape {list(latent.shape)}",
+                expected=f"[batch, {spec.channels}, frames, height, width]", action=f"Use {spec.vae.file_hint}")
+        if any(n % p for n, p in zip(latent.shape[2:], spec.patch)) or 0 in latent.shape:
+            raise SanaVideoError(
+                f"The latent size does not fit {spec.name}", found=f"{list(latent.shape[2:])} (frames, height, width)",
+                expected=f"multiples of {list(spec.patch)}",
+                action=f"Use a width and height in steps of {spec.pixel_step[0]} and {spec.pixel_step[1]} pixels")
+        if caption.ndim != 3 or caption.shape[-1] != spec.caption_channels:
+            raise SanaVideoError(
+                f"The text conditioning does not fit {spec.name}", found=f"shape {list(caption.shape)}",
+                expected=f"[batch, tokens, {spec.caption_channels}]",
+                action="Encode the prompt with the SANA-Video text encoder (Gemma-2-2B, CLIPLoader type pixeldit)")
+        frames = latent.shape[2] // spec.patch[0]
+        if timestep.ndim not in (1, 2) or (timestep.ndim == 2 and timestep.shape[1] not in (1, frames)):
+            raise SanaVideoError("Times must be one per item or one per latent frame",
+                                 found=f"shape {list(timestep.shape)}", expected=f"[batch] or [batch, {frames}]")
+        if mask is not None and mask.shape != caption.shape[:2]:
+            raise SanaVideoError("The text mask does not fit the text", found=f"shape {list(mask.shape)}",
+                                 expected=f"{list(caption.shape[:2])}")
+
+
+def init_weights(model: SanaVideoTransformer, generator: torch.Generator | None = None) -> None:
+    """Initial weights for training: N(0, 0.02)-like linears, zero temporal convolution, head and gates (paper §3.1)."""
+    for name, p in model.named_parameters():
+        if name.endswith("t_conv.weight") or name.startswith("final_layer.linear") or name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif name.endswith("scale_shift_table"):
+            p.data.normal_(0, p.shape[-1] ** -0.5, generator=generator)
+        elif name == "attention_y_norm.weight":
+            nn.init.constant_(p, 0.01 ** 0.5)
+        elif name.endswith("norm.weight"):
+            nn.init.ones_(p)
+        elif p.ndim >= 2:
+            p.data.normal_(0, p[0].numel() ** -0.5, generator=generator)

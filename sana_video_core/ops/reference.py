@@ -1,0 +1,118 @@
+"""The operators of the network in plain torch: short, exact, with the state as argument and result.
+
+Layout everywhere: tokens ``[B, N, C]`` contiguous, ordered frame, row, column; heads are consecutive channel groups.
+Two precisions. ``quality``: sums, denominator and rotation in float32, one rounding at the end. ``parity``: the rounding
+of the official half-precision run at every step (model spec 1.13, causal spec 1.3). In float32 they agree to rounding.
+Sources: model spec 1.5-1.10, causal spec 1-2. Not covered: fused kernels (the other files of this folder).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ATTENTION_EPS = 1e-8  # of the linear attention's denominator (model spec 1.7)
+
+
+class Contribution(NamedTuple):
+    """What one block of frames adds to a layer's attention state.
+
+    ``vk`` ``[B, H, Dv, Dk]``: sum over tokens of v k'^T with rotated keys, value index first; float32.
+    ``ksum`` ``[B, H, 1, D]``: sum of the un-rotated keys; float32, or the model dtype in parity mode.
+    """
+
+    vk: Tensor
+    ksum: Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis; float32 inside, also for the product with ``weight`` (model spec 1.5)."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else weight.float() * y).to(x.dtype)
+
+
+def _per_frame(x: Tensor, rows: Tensor) -> Tensor:
+    """View ``[B, N, C]`` tokens as ``[B, F, N/F, C]`` for modulation rows ``[B, F, C]`` (F = 1 or latent frames)."""
+    return x.unflatten(1, (rows.shape[1], -1))
+
+
+def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm without affine, then ``* (1 + scale) + shift``; rows are ``[B, F, C]`` (model spec 1.10)."""
+    y = _per_frame(F.layer_norm(x, x.shape[-1:], eps=eps), shift)
+    return (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``x + gate * y`` with gate rows ``[B, F, C]``."""
+    return (_per_frame(x, gate) + gate[:, :, None] * _per_frame(y, gate)).flatten(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs of ``x [B, N, H, D]`` by angles ``[N, D/2]``; in the dtype of the table or of x,
+    whichever is wider, result in the dtype of ``x`` (model spec 1.6)."""
+    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    a, b = pairs.unbind(-1)
+    c, s = cos[:, None], sin[:, None]
+    return torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2).to(x.dtype)
+
+
+def linear_attention(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
+    history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
+) -> tuple[Tensor, Contribution]:
+    """ReLU linear attention with rotary numerator over one block of frames (model spec 1.7, causal spec 1.1).
+
+    qkv ``[B, N, 3C]`` (thirds q, k, v); q/k RMSNorm weights ``[C]`` act over all channels; cos/sin ``[N, D/2]``.
+    ``history`` is the sum of the earlier blocks' contributions. Returns ``[B, N, C]`` in the dtype of qkv and this block's
+    own contribution (without history). Inside the block every token sees every token.
+    """
+    dtype = qkv.dtype
+    q, k, v = qkv.chunk(3, -1)
+    if not parity:
+        q, k, v = q.float(), k.float(), v.float()
+    q = F.relu(rms_norm(q, q_weight, norm_eps)).unflatten(-1, (heads, -1))
+    k = F.relu(rms_norm(k, k_weight, norm_eps)).unflatten(-1, (heads, -1))
+    v = v.unflatten(-1, (heads, -1))
+    q_rot, k_rot = rotate(q, cos, sin).float(), rotate(k, cos, sin).float()
+    own = Contribution(v.float().permute(0, 2, 3, 1) @ k_rot.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3).sum(-2, True))
+    vk, ksum = own
+    if history is not None:
+        vk, ksum = vk + history.vk, ksum + history.ksum
+    out = q_rot.permute(0, 2, 1, 3) @ vk.transpose(-1, -2)
+    z = 1 / (q.permute(0, 2, 1, 3) @ ksum.transpose(-1, -2) + eps)
+    return (out * z).permute(0, 2, 1, 3).flatten(2).to(dtype), own
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Cross attention of ``q [B, N, C]`` over text ``k, v [B, L, C]``; ``mask [B, L]`` True = valid (model spec 1.8)."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    bias = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    """SiLU, depthwise 3x3 with zero padding on every frame, then ``a * SiLU(g)`` of the two halves (model spec 1.9).
+
+    x ``[B', N, 2E]`` with N a multiple of ``h*w`` -> ``[B', N, E]``; weight ``[2E, 1, 3, 3]``.
+    """
+    batch, tokens, channels = x.shape
+    frames = F.silu(x).reshape(-1, *grid, channels).permute(0, 3, 1, 2)  # a channels-last view, no copy
+    frames = F.conv2d(frames, weight, bias, padding=1, groups=channels)
+    a, g = frames.permute(0, 2, 3, 1).reshape(batch, tokens, channels).chunk(2, -1)
+    return a * F.silu(g)
+
+
+def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gather each token's three neighbours in time for the 3-tap temporal convolution (causal spec 2).
+
+    u ``[B, T*S, C]`` -> ``[B, T*S, 3C]`` (previous | same | next frame) and this block's own tail ``[B, 1, S, C]``.
+    Left of the first frame stands ``tail`` of the block before (zeros when None), right of the last frame zeros.
+    """
+    x = u.unflatten(1, (frames, -1))
+    left = torch.zeros_like(x[:, :1]) if tail is None else tail.to(x)
+    taps = torch.cat((torch.cat((left, x[:, :-1]), 1), x, torch.cat((x[:, 1:], torch.zeros_like(left)), 1)), -1)
+    return taps.flatten(1, 2), x[:, -1:]

@@ -1,0 +1,132 @@
+"""Operators and their backends: one place that chooses, can be forced, and can say why a backend does not run.
+
+Every operator has a plain-torch reference (``reference.py``: the truth) and, where it pays, faster backends that declare
+as data what they need. A caller never mentions a backend. Not covered: the kernels themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from ..errors import SanaVideoError
+
+
+@lru_cache(maxsize=1)
+def triton_missing() -> str | None:
+    """Reason why Triton cannot be used here, or None."""
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a backend needs, as data. ``check`` looks at the call's arguments and returns a reason to refuse, or None."""
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    capability: tuple[int, int] = (0, 0)
+    triton: bool = False
+    inference_only: bool = False
+    check: Callable[..., str | None] | None = None
+
+    def refusal(self, x: torch.Tensor, args: tuple, kwargs: dict) -> str | None:
+        """The first reason why a call with first tensor ``x`` cannot run here, or None."""
+        if self.triton and (missing := triton_missing()):
+            return missing
+        if x.device.type not in self.devices:
+            return f"needs {' or '.join(self.devices)}, the input is on {x.device.type}"
+        if x.dtype not in self.dtypes:
+            return f"does not support {x.dtype}"
+        if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < self.capability:
+            return f"needs compute capability {'.'.join(map(str, self.capability))}"
+        if self.inference_only and torch.is_grad_enabled() and any(
+            isinstance(a, torch.Tensor) and a.requires_grad for a in args
+        ):
+            return "has no backward pass"
+        return self.check(*args, **kwargs) if self.check else None
+
+
+@dataclass
+class Operator:
+    """A named function with a reference and any number of backends, tried in the order they were added."""
+
+    name: str
+    reference: Callable
+    backends: dict[str, tuple[Callable, Constraint]] = field(default_factory=dict)
+    forced: str | None = None
+
+    def add(self, backend: str, function: Callable, constraint: Constraint) -> None:
+        self.backends[backend] = (function, constraint)
+
+    def choose(self, *args, **kwargs) -> tuple[str, Callable, dict[str, str]]:
+        """(backend name, function, reasons why the others were passed over) for a call with these arguments."""
+        reasons: dict[str, str] = {}
+        for name, (function, constraint) in self.backends.items():
+            if self.forced not in (None, name):
+                continue
+            reason = constraint.refusal(args[0], args, kwargs)
+            if reason is None:
+                return name, function, reasons
+            reasons[name] = reason
+        if self.forced not in (None, "reference"):
+            raise SanaVideoError(
+                f"The operator {self.name} was forced to '{self.forced}', which cannot run here",
+                found=reasons.get(self.forced, "no such backend"), expected=", ".join([*self.backends, "reference"]),
+            )
+        return "reference", self.reference, reasons
+
+    def __call__(self, *args, **kwargs):
+        if not self.backends or self.forced == "reference":
+            return self.reference(*args, **kwargs)
+        return self.choose(*args, **kwargs)[1](*args, **kwargs)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(reference: Callable) -> Operator:
+    """Register a reference implementation; the returned operator is called in its place."""
+    op = Operator(reference.__name__, reference)
+    OPERATORS[op.name] = op
+    return op
+
+
+@contextlib.contextmanager
+def force(backend: str | None, *names: str) -> Iterator[None]:
+    """Within the block, the named operators (all when none is named) run this backend or raise."""
+    chosen = [OPERATORS[n] for n in names] if names else list(OPERATORS.values())
+    before = [op.forced for op in chosen]
+    for op in chosen:
+        op.forced = backend
+    try:
+        yield
+    finally:
+        for op, old in zip(chosen, before):
+            op.forced = old
+
+
+def report() -> list[tuple[str, str, str]]:
+    """(operator, backend, state) rows for ``run.py ops``; state is 'available' or the reason why not on this machine."""
+    rows = []
+    for op in OPERATORS.values():
+        for name, (_, constraint) in op.backends.items():
+            rows.append((op.name, name, _machine_state(constraint)))
+        rows.append((op.name, "reference", "available"))
+    return rows
+
+
+def _machine_state(constraint: Constraint) -> str:
+    if constraint.triton and (missing := triton_missing()):
+        return f"unavailable: {missing}"
+    if "cpu" in constraint.devices:
+        return "available"
+    if not torch.cuda.is_available():
+        return "unavailable: no CUDA device"
+    if torch.cuda.get_device_capability() < constraint.capability:
+        return f"unavailable: needs compute capability {'.'.join(map(str, constraint.capability))}"
+    return "available"
