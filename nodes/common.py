@@ -1,7 +1,7 @@
 """What several nodes share: checked numbers, the spec of a MODEL, the fit of a VAE, the embedded model's files.
 
 ComfyUI checks a widget's range, but not a linked value, and NaN passes every comparison; so each node checks its own
-numbers here. Nothing in this file imports ComfyUI.
+numbers here. Nothing here needs ComfyUI to import.
 """
 
 from __future__ import annotations
@@ -109,6 +109,17 @@ def require_vae(vae: object, expected: VaeSpec, name: str = "The VAE") -> None:
             found="a VAE without video latents" if found is None else describe_vae(found),
             expected=f"{describe_vae((expected.channels, expected.stride))} ({expected.name})",
             action=f"Choose {expected.file_hint}")
+
+
+def file_stamp(folder: str, name: str | None) -> str:
+    """Size and time of a file in a ComfyUI model folder, "" when none is named: changes when the file is replaced."""
+    import folder_paths
+
+    path = None if name in (None, NONE, EMBEDDED) else folder_paths.get_full_path(folder, name)
+    if path is None or not Path(path).exists():
+        return ""
+    stat = Path(path).stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def embedded_folder() -> Path:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from comfy_api.latest import io
 
-from .common import CATEGORY, EMBEDDED, NONE, MissingPart, choice, embedded_files, embedded_present
+from .common import CATEGORY, EMBEDDED, NONE, MissingPart, choice, embedded_files, embedded_present, file_stamp
 from .loading import MODES, PRECISIONS, load_diffusion, load_vae, refuse_fp16
 
 
@@ -64,7 +62,7 @@ class SanaVideoLoader(io.ComfyNode):
     def fingerprint_inputs(cls, model, precision, mode, text_encoder, vae):
         """Loads again when a file was replaced under the same name."""
         named = (("diffusion_models", model), ("text_encoders", text_encoder), ("vae", vae))
-        return [_stamp(folder, name) for folder, name in named]
+        return [file_stamp(folder, name) for folder, name in named]
 
     @classmethod
     def execute(cls, model, precision, mode, text_encoder, vae) -> io.NodeOutput:
@@ -100,14 +98,3 @@ def _vae(name, embedded: str | None, spec):
     if name in (None, NONE) and embedded is None:
         return MissingPart("VAE", "Choose a VAE in 'Load SANA-Video', or connect 'Load VAE'")
     return load_vae(embedded if name in (None, NONE) else folder_paths.get_full_path_or_raise("vae", name), spec)
-
-
-def _stamp(folder: str, name: str | None) -> str:
-    """Size and time of a named file, "" when there is none."""
-    import folder_paths
-
-    path = None if name in (None, NONE, EMBEDDED) else folder_paths.get_full_path(folder, name)
-    if path is None or not Path(path).exists():
-        return ""
-    stat = Path(path).stat()
-    return f"{stat.st_size}-{stat.st_mtime_ns}"

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from ..sana_video_core.errors import CheckpointError, SanaVideoError
-from ..sana_video_core.specs import ModelSpec
+from ..sana_video_core.specs import WAN21, ModelSpec
 from .common import describe_vae, require_vae, vae_geometry
 
 log = logging.getLogger(__name__)
@@ -91,16 +91,22 @@ def read_part(path: str, part: str) -> tuple[dict, dict]:
 
     try:
         state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError) as error:
-        raise CheckpointError(f"The {part} file cannot be read", found=f"{Path(path).name}: {str(error)[:200]}",
-                              action="Download it again; the copy is damaged or of another format") from error
     except Exception as error:  # unpickling errors and safetensors' own error class share no base below Exception
+        reraise_if_out_of_memory(error)
         raise CheckpointError(f"The {part} file cannot be read",
                               found=f"{Path(path).name}: {type(error).__name__} {str(error)[:200]}",
                               action="Download it again; the copy is damaged or of another format") from error
     if not isinstance(state, dict) or not all(hasattr(t, "shape") for t in state.values()):
         raise CheckpointError(f"The {part} file holds no table of weights", found=Path(path).name)
     return state, metadata or {}
+
+
+def reraise_if_out_of_memory(error: Exception) -> None:
+    """Out of memory is no fault of a file: let ComfyUI see it as it is."""
+    import comfy.model_management
+
+    if comfy.model_management.is_oom(error):
+        raise error
 
 
 def load_vae(path: str, spec: ModelSpec):
@@ -112,6 +118,7 @@ def load_vae(path: str, spec: ModelSpec):
     try:
         vae = comfy.sd.VAE(sd=state, metadata=metadata)
     except (KeyError, IndexError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+        reraise_if_out_of_memory(error)
         raise CheckpointError("The VAE file is not one that ComfyUI knows", found=f"{name}: {str(error)[:200]}",
                               expected=f"{spec.vae.name} in ComfyUI's naming",
                               action=f"Choose {spec.vae.file_hint}") from error
@@ -119,6 +126,10 @@ def load_vae(path: str, spec: ModelSpec):
         raise CheckpointError("The VAE file holds no VAE", found=name, action=f"Choose {spec.vae.file_hint}")
     geometry = vae_geometry(vae)
     require_vae(vae, spec.vae, f"The VAE {name}")
+    missing = sorted(set(vae.first_stage_model.state_dict()) - set(state)) if spec.vae == WAN21 else []
+    if missing:
+        raise CheckpointError("The VAE file is not complete", action=f"Choose {spec.vae.file_hint}",
+                              found=f"{name}: {len(missing)} tensors missing, such as {', '.join(missing[:3])}")
     vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (path, metadata or None))
     log.info("%s: %s", name, describe_vae(geometry))
     return vae

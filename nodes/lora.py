@@ -8,7 +8,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..sana_video_core.errors import CheckpointError, SanaVideoError
-from .common import CATEGORY, finite, spec_of
+from .common import CATEGORY, file_stamp, finite, spec_of
 from .loading import read_part
 from .lora_keys import Reading, as_linear, key_map, metadata_scale, misfits
 
@@ -48,9 +48,7 @@ class SanaVideoLoadLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model=None, lora=None, strength=None):
         """Loads again when the file was replaced under the same name."""
-        from .loader import _stamp
-
-        return _stamp("loras", lora)
+        return file_stamp("loras", lora)
 
     @classmethod
     def execute(cls, model, lora, strength) -> io.NodeOutput:

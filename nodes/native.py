@@ -47,8 +47,6 @@ class SanaVideoDiT(SanaVideoTransformer):
 
     def _forward(self, x, timestep, context, transformer_options, attention_mask=None, kept_latent=None, free_frames=None,
                  **kwargs):
-        if self.compute_dtype != x.dtype:  # ComfyUI casts weights on use: the input tells the dtype of the arithmetic
-            self.compute_dtype = x.dtype
         if kept_latent is not None:
             x = torch.where(free_frames > 0, x, kept_latent.to(x))
         hook = _block_hook(transformer_options, context, len(self.blocks))
@@ -87,6 +85,13 @@ class SanaVideoModel(comfy.model_base.BaseModel):
     def __init__(self, config: SanaVideoConfig, device=None):
         super().__init__(config, comfy.model_base.ModelType.FLOW, device=device, unet_model=SanaVideoDiT)
         self.spec: ModelSpec = config.unet_config["spec"]
+
+    def _apply_model(self, *args, **kwargs):
+        # ComfyUI casts weights on use, so the network cannot tell the dtype of the arithmetic from them. Set here and not
+        # in the network's forward: a change in there would make torch.compile compile twice.
+        if self.diffusion_model.compute_dtype != self.get_dtype_inference():
+            self.diffusion_model.compute_dtype = self.get_dtype_inference()
+        return super()._apply_model(*args, **kwargs)
 
     def extra_conds(self, **kwargs):
         """Conditions of one prompt; everything that does not fit is refused here, before the first step."""

@@ -7,23 +7,19 @@ only. Source: vae/text spec 4, comfyui spec 7. Not covered: Gemma without ComfyU
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 
 import comfy.sd
-import comfy.text_encoders.llama
 from comfy.text_encoders import pixeldit
 
 from ..sana_video_core.errors import CheckpointError, SanaVideoError
-from ..sana_video_core.text.prompts import INSTRUCTION
-from .loading import read_part
+from ..sana_video_core.text.gemma import GemmaConfig
+from ..sana_video_core.text.prompts import CAPTION_TOKENS, INSTRUCTION
+from .loading import read_part, reraise_if_out_of_memory
 
-log = logging.getLogger(__name__)
-
-WINDOW = 300  # rows the network reads: position 0 and the last 299 (model spec 3.2)
 KEY = "gemma2_2b"
 PAD = 0
+ACTION = "Choose gemma_2_2b_it_elm_bf16.safetensors (models/text_encoders)"
 PROBE = "model.layers.0.post_feedforward_layernorm.weight"
 
 
@@ -38,7 +34,7 @@ def token_rows(tokenizer, text: str, instruction: str = "") -> tuple[dict, str]:
     With an instruction of n tokens the text is padded to n + 298, so that the encoder's selection of position 0 and the
     last 299 drops exactly the instruction; without one it is padded to 300.
     """
-    total = len(token_ids(tokenizer, instruction)) + WINDOW - 2 if instruction else WINDOW
+    total = len(token_ids(tokenizer, instruction)) + CAPTION_TOKENS - 2 if instruction else CAPTION_TOKENS
     ids = token_ids(tokenizer, instruction + text)
     lost = ids[total:]
     ids = ids[:total] + [PAD] * (total - len(ids))
@@ -67,39 +63,6 @@ class SanaVideoTokenizer(pixeldit.PixelDiTGemma2Tokenizer):
         return rows
 
 
-class _SizedGemma2(comfy.text_encoders.llama.Gemma2_2B):
-    """ComfyUI's Gemma-2 at any size, the head dimension included (which its own options cannot set)."""
-
-    def __init__(self, config_dict, dtype, device, operations):
-        sizes = dict(config_dict)
-        head_dim = sizes.pop("head_dim", None)
-        base = comfy.text_encoders.llama.Gemma2_2B_Config
-        config = base(**sizes)
-        if head_dim:
-            config.head_dim = head_dim
-        super(comfy.text_encoders.llama.Gemma2_2B, self).__init__()
-        self.num_layers = config.num_hidden_layers
-        self.model = comfy.text_encoders.llama.Llama2_(config, device=device, dtype=dtype, ops=operations)
-        self.dtype = dtype
-
-
-class _SizedEncoder(pixeldit.PixelDiTGemma2_2BModel):
-    """``PixelDiTGemma2_2BModel`` around the sized network."""
-
-    def __init__(self, device="cpu", layer="last", layer_idx=None, dtype=None, attention_mask=True,
-                 model_options=None):
-        pixeldit.sd1_clip.SDClipModel.__init__(
-            self, device=device, layer=layer, layer_idx=layer_idx, textmodel_json_config={}, dtype=dtype,
-            special_tokens={"start": 2, "pad": PAD}, layer_norm_hidden_state=False, model_class=_SizedGemma2,
-            enable_attention_masks=attention_mask, return_attention_masks=attention_mask, model_options=model_options or {})
-
-
-class _SizedTextEncoder(pixeldit.PixelDiTGemma2TE):
-    def __init__(self, device="cpu", dtype=None, model_options=None):
-        super(pixeldit.PixelDiTGemma2TE, self).__init__(
-            device=device, dtype=dtype, name=KEY, clip_model=_SizedEncoder, model_options=model_options or {})
-
-
 class _Target:
     """What ``comfy.sd.CLIP`` asks for: the two classes and their parameters."""
 
@@ -108,21 +71,28 @@ class _Target:
 
 
 def load_clip(path: str, caption_channels: int | None = None, disable_dynamic: bool = False):
-    """A CLIP for the Gemma-2 file at ``path``; refused unless it is Gemma-2 with its tokenizer inside.
+    """A CLIP for the Gemma-2 file at ``path``; refused unless it is a whole Gemma-2 with its tokenizer inside.
 
     ``caption_channels``: the width that the model expects, checked when given.
     """
     state, metadata = read_part(path, "text encoder")
     name = Path(path).name
     _check_gemma(state, name, caption_channels)
-    config = _sizes(metadata, name)
-    uses_instruction = bool(config.pop("instruction", True))
-    options = {f"{KEY}_model_config": config} if config else {}
-    target = _Target(_SizedTextEncoder if config else pixeldit.pixeldit_te(**comfy.sd.llama_detect([state])),
-                     SanaVideoTokenizer)
-    tokenizer_data = {"spiece_model": state["spiece_model"], "uses_instruction": uses_instruction}
-    clip = comfy.sd.CLIP(target, tokenizer_data=tokenizer_data, state_dict=[dict(state)], model_options=options,
-                         parameters=sum(t.numel() for t in state.values()), disable_dynamic=disable_dynamic)
+    sizes = _sizes(metadata, name)
+    target = _Target(pixeldit.pixeldit_te(**comfy.sd.llama_detect([state])), SanaVideoTokenizer)
+    tokenizer_data = {"spiece_model": state["spiece_model"],
+                      "uses_instruction": metadata.get("uses_instruction", "true") != "false"}
+    try:
+        clip = comfy.sd.CLIP(target, tokenizer_data=tokenizer_data, state_dict=[dict(state)],
+                             parameters=sum(t.numel() for t in state.values()), disable_dynamic=disable_dynamic,
+                             model_options={f"{KEY}_model_config": sizes} if sizes else {})
+    except (RuntimeError, OSError) as error:  # misshapen weights, a tokenizer that does not parse
+        reraise_if_out_of_memory(error)
+        raise CheckpointError("The text encoder file is damaged", found=f"{name}: {str(error)[:300]}", action=ACTION) from error
+    missing = sorted(set(getattr(clip.cond_stage_model, KEY).transformer.state_dict()) - set(state))
+    if missing:
+        raise CheckpointError("The text encoder file is not complete", action=ACTION,
+                              found=f"{name}: {len(missing)} tensors missing, such as {', '.join(missing[:3])}")
     clip.patcher.cached_patcher_init = (_load_patcher, (path,))
     return clip
 
@@ -132,28 +102,28 @@ def _load_patcher(path: str, disable_dynamic: bool = False):
 
 
 def _check_gemma(state: dict, name: str, caption_channels: int | None) -> None:
-    action = "Choose gemma_2_2b_it_elm_bf16.safetensors (models/text_encoders)"
     if PROBE not in state or "model.layers.0.self_attn.q_norm.weight" in state:
-        raise CheckpointError("This text encoder is not Gemma-2", found=name, expected="Gemma-2-2B-it", action=action)
+        raise CheckpointError("This text encoder is not Gemma-2", found=name, expected="Gemma-2-2B-it", action=ACTION)
     if "spiece_model" not in state:
         raise CheckpointError("The text encoder file carries no tokenizer", found=f"{name} without 'spiece_model'",
-                              expected="a Gemma-2 file made for ComfyUI", action=action)
+                              expected="a Gemma-2 file made for ComfyUI", action=ACTION)
     width = state[PROBE].shape[0]
     if caption_channels not in (None, width):
         raise SanaVideoError("The text encoder does not fit the model", found=f"{name}, {width} channels",
-                             expected=f"{caption_channels} channels", action=action)
+                             expected=f"{caption_channels} channels", action=ACTION)
 
 
 def _sizes(metadata: dict, name: str) -> dict:
-    """The network's sizes when the file names them in its metadata ("config"), else {} (the 2B sizes)."""
-    text = metadata.get("config")
-    if not text:
+    """The network's sizes as ComfyUI names them when the file carries them ("config" in its metadata), else {}."""
+    if not metadata.get("config"):
         return {}
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError("The text encoder's config cannot be read", found=f"{name}: {error}") from error
-    return config if isinstance(config, dict) else {}
+    config = GemmaConfig.from_json(metadata["config"])
+    if config.head_dim != 256 or config.softcap or config.query_pre_attn_scalar not in (None, config.head_dim):
+        raise CheckpointError("ComfyUI cannot run a Gemma-2 of this form", found=f"{name}: {config}",
+                              expected="head dimension 256, no soft-cap")
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "rms_norm_eps", "rope_theta")
+    return {field: getattr(config, field) for field in fields}
 
 
 def require_gemma_clip(clip) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..sana_video_core.errors import SanaVideoError
+from ..sana_video_core.text.prompts import DEFAULT_NEGATIVE, INSTRUCTION, motion_suffix
 from .common import CATEGORY, require_part, whole_number
 
 MAX_MOTION = 100
@@ -26,12 +27,11 @@ class SanaVideoTextEncode(io.ComfyNode):
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, placeholder="What the video shows",
                                 tooltip="What the video shows. One to five full sentences work best: subject, place, light, "
                                         "camera, movement."),
-                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="",
+                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default=DEFAULT_NEGATIVE,
                                 placeholder="What to avoid (may stay empty)",
                                 tooltip="What to steer away from. Used when CFG is above 1; may stay empty."),
                 io.Int.Input("motion_score", default=10, min=-1, max=MAX_MOTION,
-                             tooltip="How much moves: about 5 is calm, 10 normal, 30 lively. -1 leaves the score out, 0 asks "
-                                     "for low motion in words."),
+                             tooltip="How much moves: about 5 is calm, 10 normal, 30 lively. -1 leaves the score out."),
                 io.Boolean.Input("instruction", default=True,
                                  tooltip="Puts the instruction that the model was trained with before the prompt. Off: the "
                                          "picture follows the bare words, usually with less detail."),
@@ -45,7 +45,6 @@ class SanaVideoTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip, prompt, negative_prompt, motion_score, instruction) -> io.NodeOutput:
         require_part(clip, "CLIP", "Choose a text encoder in 'Load SANA-Video', or connect 'Load CLIP' (type pixeldit)")
-        from ..sana_video_core.text.prompts import INSTRUCTION, motion_suffix
         from .native_text import require_gemma_clip
 
         require_gemma_clip(clip)
