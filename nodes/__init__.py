@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from .block_sampler import SanaVideoBlockSampler
 from .decode import SanaVideoDecode
 from .first_frame import SanaVideoFirstFrame
 from .latent import SanaVideoEmptyLatent
 from .loader import SanaVideoLoader
 from .lora import SanaVideoLoadLora
+from .prefill import SanaVideoPrefillState
 from .sampler import SanaVideoSampler, SanaVideoSigmas
+from .schedule import SanaVideoPromptSchedule
+from .state_carry import SanaVideoKVStateCarry
+from .state_files import SanaVideoStateLoad, SanaVideoStateSave
 from .text import SanaVideoTextEncode
 
 # The order is that of a graph from left to right. Ids are forever; inputs are only appended.
@@ -20,6 +25,12 @@ NODES = [
     SanaVideoSampler,
     SanaVideoSigmas,
     SanaVideoDecode,
+    SanaVideoPromptSchedule,
+    SanaVideoBlockSampler,
+    SanaVideoKVStateCarry,
+    SanaVideoStateSave,
+    SanaVideoStateLoad,
+    SanaVideoPrefillState,
 ]
 
 __all__ = ["NODES"]

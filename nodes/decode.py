@@ -1,7 +1,8 @@
-"""LATENT to IMAGE, latent frame group by group: exact, interruptible, with bounded memory.
+"""LATENT to IMAGE, latent frame group by group: exact, interruptible, with bounded memory; a run folder to VIDEO.
 
 The Wan decoder is a loop over latent frames with a cache of past activations, so decoding in groups gives the very
-same pixels as one call (vae/text spec 1.5, 1.7). Not covered: films (the decoder there writes to a file).
+same pixels as one call (vae/text spec 1.5, 1.7). A film never becomes one batch of frames: it goes block by block into its
+video file (``film.py``).
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Iterator
 from comfy_api.latest import io
 
 from ..sana_video_core.errors import SanaVideoError
-from .common import CATEGORY, describe_vae, require_part, vae_geometry
+from .common import CATEGORY, describe_vae, finite, require_part, vae_geometry
 
 
 class SanaVideoDecode(io.ComfyNode):
-    """Streaming decode of short clips into one IMAGE batch."""
+    """Streaming decode: a short clip into one IMAGE batch, a film into its video file."""
 
     @classmethod
     def define_schema(cls):
@@ -24,21 +25,79 @@ class SanaVideoDecode(io.ComfyNode):
             display_name="SANA-Video Decode",
             category=CATEGORY,
             description="Turns the sampled latent into frames, a few at a time, exactly as in one go but with less memory. "
-                        "Shows progress and can be cancelled at any time.",
-            search_aliases=["vae decode", "latent to video", "streaming decode"],
+                        "With a "
+                        "run folder: turns the film in it into a video file, block by block, however long it is.",
+            search_aliases=["vae decode", "latent to video", "streaming decode", "film"],
             inputs=[
-                io.Latent.Input("samples", tooltip="The latent from the sampler."),
+                io.Latent.Input("samples", optional=True, tooltip="The latent from the sampler. Not needed with a run folder."),
                 io.Vae.Input("vae", tooltip="VAE of 'Load SANA-Video', or of 'Load VAE'. 480p: Wan 2.1, 720p: LTX-2."),
+                io.String.Input("run_folder", default="", optional=True,
+                                tooltip="The film to decode: the run folder of 'SANA-Video Block Sampler'. Every block that is "
+                                        "finished is decoded, none twice. Empty: the latent."),
+                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=0.01, optional=True,
+                               tooltip="Frames a second of the video."),
             ],
-            outputs=[io.Image.Output(display_name="frames", tooltip="All frames in order; connect to 'Create Video'.")],
+            outputs=[
+                io.Image.Output(display_name="frames", tooltip="All frames of the latent in order; connect to 'Create Video'. "
+                                                               "A film "
+                                                               "gives none: use video."),
+                io.Video.Output(display_name="video", tooltip="Connect to 'Save Video'. A film's video is copied, not encoded "
+                                                              "again."),
+            ],
         )
 
     @classmethod
-    def execute(cls, samples, vae) -> io.NodeOutput:
+    def fingerprint_inputs(cls, run_folder="", **others):
+        """Runs again when the film in the run folder has grown or changed."""
+        from .film import film_stamp
+
+        return film_stamp(run_folder)
+
+    @classmethod
+    def execute(cls, vae, samples=None, run_folder="", fps=16.0) -> io.NodeOutput:
         require_part(vae, "VAE", "Choose a VAE in 'Load SANA-Video', or connect 'Load VAE'")
+        fps = finite("fps", fps, 1.0, 120.0)
+        if isinstance(run_folder, str) and run_folder.strip():
+            return decode_film(run_folder.strip(), vae, fps)
+        if samples is None:
+            raise SanaVideoError("There is nothing to decode", found="neither a latent nor a run folder",
+                                 action="Connect the sampler's LATENT, or name the run folder of a film")
         latent = samples["samples"]
         check_fit(latent, vae)
-        return io.NodeOutput(decode_frames(vae, latent))
+        frames = decode_frames(vae, latent)
+        return io.NodeOutput(frames, clip_video(frames, fps))
+
+
+def clip_video(frames, fps: float):
+    """ComfyUI's VIDEO of a batch of frames; encoded only when something saves it."""
+    from fractions import Fraction
+
+    from comfy_api.latest import InputImpl, Types
+
+    return InputImpl.VideoFromComponents(Types.VideoComponents(images=frames, frame_rate=Fraction(fps).limit_denominator(1001)))
+
+
+def decode_film(name: str, vae, fps: float) -> io.NodeOutput:
+    """VIDEO of the film in the run folder ``name``, as far as it is finished."""
+    import comfy.utils
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    from ..sana_video_core.film import Film, FilmVideo
+    from .film import NativeStream, film_video, run_folder
+
+    with Film(run_folder(name, must_exist=True)) as film:
+        video = FilmVideo(film, NativeStream(vae), fps)
+        video.open()
+        done = film.finished()
+        if not done:
+            raise SanaVideoError("The film has no finished block yet", found=name, action="Let the block sampler run first")
+        bar = comfy.utils.ProgressBar(done)
+        while video.blocks < done:
+            video.add(video.blocks)
+            bar.update_absolute(video.blocks, done)
+        video.catch_up()
+    return io.NodeOutput(ExecutionBlocker("A film stays on disk: use the video output of 'SANA-Video Decode'"),
+                         film_video(video.path))
 
 
 def check_fit(latent, vae) -> None:

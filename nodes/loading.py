@@ -7,7 +7,6 @@ that ComfyUI can load a part again (TorchCompileModel, several GPUs) under Dynam
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 from ..sana_video_core.errors import CheckpointError, SanaVideoError
@@ -21,21 +20,16 @@ MODES = ["auto", "clip", "long"]
 QUANT_SUFFIXES = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
 
 
-def checkpoint_source(path: str) -> str:
-    """The file itself, or its folder when it is one shard of several."""
-    return str(Path(path).parent) if re.search(r"-\d{5}-of-\d{5}\.safetensors$", path) else path
-
-
 def load_diffusion(path: str, precision: str = "auto", mode: str = "auto", disable_dynamic: bool = False):
     """A ModelPatcher around the checkpoint at ``path``. Nothing is allocated before the file has been checked."""
     from ..sana_video_core.checkpoint import convert, detect_spec, read_state_dict
 
-    state, source = read_state_dict(checkpoint_source(path))
-    state, quantised, metadata = split_quantised(state, getattr(source, "metadata", None) or {})
+    state, source = read_state_dict(path)
+    state, quantised, metadata = split_quantised(state, source.metadata)
     shapes = {name: tuple(t.shape) for name, t in state.items()}
-    spec = detect_spec(shapes, metadata=metadata, container=getattr(source, "container", None), path=path,
+    spec = detect_spec(shapes, metadata=metadata, container=source.container, path=path,
                        hint=None if mode == "auto" else mode)
-    native = convert(state, spec, to="native")
+    native = convert(state, spec, to="native", quantised=quantised, name=source.name)
     native.update(quantised)
     patcher = build_patcher(native, spec, precision, bool(quantised), disable_dynamic)
     patcher.cached_patcher_init = (load_diffusion, (path, precision, mode))
@@ -48,7 +42,11 @@ def split_quantised(state: dict, metadata: dict) -> tuple[dict, dict, dict]:
     """(plain tensors, tensors of quantised layers, metadata). ComfyUI's own marks are understood (comfyui spec 5.2)."""
     import comfy.utils
 
-    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    try:
+        state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError("The file's list of quantised layers cannot be read", found=str(error)[:120],
+                              action="Download the file again") from error
     layers = {name.removesuffix(".comfy_quant") for name in state if name.endswith(".comfy_quant")}
     quantised = {name: t for name, t in state.items() if name.endswith(QUANT_SUFFIXES)}
     if not layers:

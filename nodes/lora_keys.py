@@ -9,37 +9,11 @@ from __future__ import annotations
 import json
 import math
 
+from ..sana_video_core.checkpoint.keys import BLOCK, SLICES, TOP
 from ..sana_video_core.specs import ModelSpec
 
 Target = str | tuple[str, tuple[int, int, int]]  # weight key, or (weight key, (axis, first row, rows))
 
-_TOP = {
-    "x_embedder.proj": "patch_embedding",
-    "t_embedder.mlp.0": "time_embed.emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_embed.emb.timestep_embedder.linear_2",
-    "t_block.1": "time_embed.linear",
-    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
-    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
-    "attention_y_norm": "caption_norm",
-    "final_layer.linear": "proj_out",
-}
-_BLOCK = {
-    "attn.proj": "attn1.to_out.0",
-    "attn.q_norm": "attn1.norm_q",
-    "attn.k_norm": "attn1.norm_k",
-    "cross_attn.q_linear": "attn2.to_q",
-    "cross_attn.q_norm": "attn2.norm_q",
-    "cross_attn.k_norm": "attn2.norm_k",
-    "cross_attn.proj": "attn2.to_out.0",
-    "mlp.inverted_conv.conv": "ff.conv_inverted",
-    "mlp.depth_conv.conv": "ff.conv_depth",
-    "mlp.point_conv.conv": "ff.conv_point",
-    "mlp.t_conv": "ff.conv_temp",
-}
-_SLICES = {
-    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
-}
 _DOTTED = ("", "transformer.", "diffusion_model.", "model.diffusion_model.", "unet.", "base_model.model.",
            "base_model.model.transformer.", "base_model.model.diffusion_model.")
 _FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -61,11 +35,11 @@ def key_map(weights: dict[str, tuple[int, ...]], spec: ModelSpec) -> dict[str, T
 
 
 def _diffusers_names(modules: dict[str, Target], spec: ModelSpec) -> dict[str, Target]:
-    names: dict[str, Target] = {theirs: modules[ours] for ours, theirs in _TOP.items() if ours in modules}
+    names: dict[str, Target] = {theirs: modules[ours] for ours, theirs in TOP.items() if ours in modules}
     for i in range(spec.depth):
         ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
-        names.update({theirs + b: modules[ours + a] for a, b in _BLOCK.items() if ours + a in modules})
-        for a, parts in _SLICES.items():
+        names.update({theirs + b: modules[ours + a] for a, b in BLOCK.items() if ours + a in modules})
+        for a, parts in SLICES.items():
             for n, part in enumerate(parts):
                 names[theirs + part] = (modules[ours + a], (0, n * spec.width, spec.width))
     return names

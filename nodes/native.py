@@ -16,6 +16,7 @@ import comfy.patcher_extension
 import comfy.supported_models_base
 import torch
 
+from ..sana_video_core.checkpoint import SPEC_KEY, spec_to_text
 from ..sana_video_core.dit import SanaVideoTransformer
 from ..sana_video_core.errors import SanaVideoError
 from ..sana_video_core.specs import ModelSpec, require_size
@@ -97,6 +98,7 @@ class SanaVideoModel(comfy.model_base.BaseModel):
         """Conditions of one prompt; everything that does not fit is refused here, before the first step."""
         out = super().extra_conds(**kwargs)
         check_latent(self.spec, kwargs["noise"].shape)
+        refuse_schedule(kwargs)
         context, mask = kwargs.get("cross_attn"), kwargs.get("attention_mask")
         check_conditioning(self.spec, context, mask)
         out["c_crossattn"] = comfy.conds.CONDRegular(context)
@@ -149,6 +151,13 @@ def check_conditioning(spec: ModelSpec, context: torch.Tensor | None, mask: torc
                              action="Write both texts into one prompt instead of joining two conditionings")
 
 
+def refuse_schedule(options: dict) -> None:
+    """A prompt schedule is many texts with times: an ordinary sampler would mix them all in every step."""
+    if options.get("sana_video_schedule") is not None:
+        raise SanaVideoError("A prompt schedule works in 'SANA-Video Block Sampler' only", found="a schedule in another sampler",
+                             action="Use 'SANA-Video Text Encode' here, or the block sampler")
+
+
 class SanaVideoConfig(comfy.supported_models_base.BASE):
     """What ComfyUI wants to know about an architecture, filled from a ModelSpec."""
 
@@ -162,3 +171,8 @@ class SanaVideoConfig(comfy.supported_models_base.BASE):
 
     def get_model(self, state_dict, prefix="", device=None):
         return SanaVideoModel(self, device=device)
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        """ModelSave writes no description of the model, and heads and mode are not in the shapes: carry it as a tensor."""
+        text = spec_to_text(self.unet_config["spec"]).encode()
+        return super().process_unet_state_dict_for_saving(state_dict) | {SPEC_KEY: torch.tensor(list(text), dtype=torch.uint8)}

@@ -17,7 +17,7 @@ def axis_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=2)  # a film asks for a new table every block: keeping more would grow for sixteen blocks
 def rope_table(
     frames: int, height: int, width: int, head_dim: int, start: int = 0,
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..specs import ModelSpec
 from ..state import LayerState
+from .embeddings import patchify
 
 # Working memory that one pass of the FFN's hidden layer may take. Frames are independent there, so more passes give the
 # same values; this bounds the peak on small cards and stays far above the size where a GPU is no longer full.
@@ -26,7 +27,8 @@ class Context(NamedTuple):
     """What every block of one forward pass reads.
 
     ``grid`` (frames, height, width) in tokens; ``rows`` time modulation ``[B, F, 6, C]`` (F = 1 or frames);
-    ``text`` ``[B, L, C]``; ``mask`` ``[B, L]`` bool or None; ``cos``, ``sin`` rotary table.
+    ``text`` ``[B, L, C]``; ``mask`` ``[B, L]`` bool or None; ``cos``, ``sin`` rotary table; ``lengths`` valid text
+    tokens of each row when known (then ``mask`` says the same).
     """
 
     grid: tuple[int, int, int]
@@ -35,11 +37,33 @@ class Context(NamedTuple):
     mask: Tensor | None
     cos: Tensor
     sin: Tensor
+    lengths: tuple[int, ...] | None = None
+
+
+def valid_lengths(mask: Tensor | None) -> tuple[int, ...] | None:
+    """Valid text tokens of each row when they come first in every row, else None (then the mask does the work).
+
+    One wait for the device a forward pass; left out where it would break a compiled graph or split a training batch.
+    """
+    if mask is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    rows = mask.cpu()
+    lengths = rows.sum(-1)
+    leading = torch.arange(rows.shape[1]) < lengths[:, None]
+    return tuple(lengths.tolist()) if bool((leading == rows).all() & (lengths > 0).all()) else None
 
 
 def _here(p: Tensor, x: Tensor) -> Tensor:
     """A raw parameter on the device of ``x`` (a partly offloaded model keeps some on the CPU)."""
     return p if p.device == x.device else p.to(x.device, non_blocking=True)
+
+
+def _official_layout(x: Tensor) -> Tensor:
+    """``x [B, N, C]`` with tokens fastest in memory, as the official code has it after its convolutions.
+
+    A Linear then rounds before it adds the bias; in half precision that changes bits, so parity mode repeats it.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -55,14 +79,19 @@ class RMSNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens: a convolution with kernel = stride, written as one Linear."""
+    """Latent to tokens: a convolution with kernel = stride, written as one Linear (parity mode rounds as the convolution)."""
 
-    def __init__(self, spec: ModelSpec, operations, **kw):
+    def __init__(self, spec: ModelSpec, operations, options: dict[str, Any], **kw):
         super().__init__()
+        self.patch, self.parity = spec.patch, options["parity"]
         self.proj = operations.Linear(spec.channels * spec.patch[0] * spec.patch[1] * spec.patch[2], spec.width, **kw)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(patches)
+    def forward(self, latent: Tensor) -> Tensor:
+        """``[B, C, T, H, W]`` -> ``[B, N, width]``."""
+        if self.parity:
+            kernel = self.proj.weight.view(-1, latent.shape[1], *self.patch)
+            return F.conv3d(latent, kernel, self.proj.bias, self.patch).flatten(2).transpose(1, 2).contiguous()
+        return self.proj(patchify(latent, self.patch))
 
 
 class TimeEmbed(nn.Module):
@@ -108,13 +137,17 @@ class LinearAttention(nn.Module):
         self.k_norm = RMSNorm(spec.width, 1e-5, **kw)
         self.proj = operations.Linear(spec.width, spec.width, **kw)
 
-    def forward(self, x: Tensor, ctx: Context, history: LayerState | None) -> tuple[Tensor, ops.Contribution]:
+    def forward(
+        self, x: Tensor, ctx: Context, history: LayerState | None, last: int = 0,
+    ) -> tuple[Tensor, ops.Contribution]:
+        """Output of all tokens, or of the ``last`` ones only, and this block's own contribution (always of all tokens)."""
         past = None if history is None else ops.Contribution(history.vk, history.ksum)
         out, own = ops.linear_attention(
             self.qkv(x), _here(self.q_norm.weight, x), _here(self.k_norm.weight, x), ctx.cos, ctx.sin, self.heads, past,
             parity=self.parity, eps=self.eps,
         )
-        return self.proj(out), own
+        out = out[:, -last:]  # [-0:] is everything
+        return self.proj(_official_layout(out) if self.parity else out), own
 
 
 class CrossAttention(nn.Module):
@@ -122,16 +155,18 @@ class CrossAttention(nn.Module):
 
     def __init__(self, spec: ModelSpec, operations, options: dict[str, Any], **kw):
         super().__init__()
-        self.heads = spec.cross_heads
+        self.heads, self.parity = spec.cross_heads, options["parity"]
         self.q_linear = operations.Linear(spec.width, spec.width, **kw)
         self.kv_linear = operations.Linear(spec.width, 2 * spec.width, **kw)
         self.q_norm = RMSNorm(spec.width, options["cross_eps"], **kw)
         self.k_norm = RMSNorm(spec.width, options["cross_eps"], **kw)
         self.proj = operations.Linear(spec.width, spec.width, **kw)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        k, v = self.kv_linear(text).chunk(2, -1)
-        return self.proj(ops.softmax_attention(self.q_norm(self.q_linear(x)), self.k_norm(k), v, self.heads, mask))
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        k, v = self.kv_linear(ctx.text).chunk(2, -1)
+        q = self.q_norm(self.q_linear(_official_layout(x) if self.parity else x))
+        lengths = None if self.parity else ctx.lengths  # leaving masked text out sums in another order
+        return self.proj(ops.softmax_attention(q, self.k_norm(k), v, self.heads, ctx.mask, lengths))
 
 
 class _Conv(nn.Module):
@@ -148,9 +183,9 @@ class _Conv(nn.Module):
 class _DepthwiseGate(nn.Conv2d):
     """Holds the depthwise weight; called through ``ops.gated_depthwise``, so that a fused kernel can take its place."""
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         bias = None if self.bias is None else _here(self.bias, x).to(x.dtype)
-        return ops.gated_depthwise(x, _here(self.weight, x).to(x.dtype), bias, grid)
+        return ops.gated_depthwise(x, _here(self.weight, x).to(x.dtype), bias, grid, not torch.is_grad_enabled())
 
 
 class MixFFN(nn.Module):
@@ -198,9 +233,20 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
         attended, own = self.attn(ops.modulate_norm(x, shift1, scale1), ctx, history)
         x = ops.gated_residual(x, attended, gate1)
-        x = x + self.cross_attn(x, ctx.text, ctx.mask)
+        x = x + self.cross_attn(x, ctx)
         mixed, tail = self.mlp(ops.modulate_norm(x, shift2, scale2), ctx.grid, None if history is None else history.tail)
         return ops.gated_residual(x, mixed, gate2), LayerState(own.vk, own.ksum, tail)
+
+    def contribution(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> LayerState:
+        """What ``forward`` would store, computing only the last frame after the attention's sums."""
+        frame = ctx.grid[1] * ctx.grid[2]
+        table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
+        shift1, scale1, gate1, shift2, scale2, _ = (table + ctx.rows).unbind(2)
+        attended, own = self.attn(ops.modulate_norm(x, shift1, scale1), ctx, history, frame)
+        x = ops.gated_residual(x[:, -frame:], attended, gate1[:, -1:])
+        x = x + self.cross_attn(x, ctx)
+        tail = self.mlp.spatial(ops.modulate_norm(x, shift2[:, -1:], scale2[:, -1:]), ctx.grid[1:])
+        return LayerState(own.vk, own.ksum, tail[:, None])
 
 
 class FinalLayer(nn.Module):

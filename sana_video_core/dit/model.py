@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import SanaVideoError
 from ..specs import ModelSpec
-from ..state import LayerState, RecurrentState, check_fits
-from .embeddings import patchify, rope_table, time_sinusoid, unpatchify
-from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, TimeEmbed
+from ..state import LayerState, RecurrentState, check_fits, layers_on
+from .embeddings import rope_table, time_sinusoid, unpatchify
+from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, TimeEmbed, valid_lengths
 
 BlockHook = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class SanaVideoTransformer(nn.Module):
         kw = {"dtype": dtype, "device": device}
         options = {"parity": parity, "cross_eps": cross_eps, "attention_eps": attention_eps}
         self.spec, self.parity, self.truncate_times = spec, parity, truncate_times
-        self.x_embedder = PatchEmbed(spec, operations, **kw)
+        self.x_embedder = PatchEmbed(spec, operations, options, **kw)
         self.t_embedder = TimeEmbed(spec.width, operations, **kw)
         self.t_block = nn.Sequential(nn.SiLU(), operations.Linear(spec.width, 6 * spec.width, **kw))
         self.y_embedder = CaptionEmbed(spec, operations, **kw)
@@ -56,7 +56,7 @@ class SanaVideoTransformer(nn.Module):
         ``caption [B, L, D]`` and ``caption_mask [B, L]`` (1 = valid). With ``state`` the block starts at
         ``state.position`` and sees the history; nothing is written. ``on_block(i, call, x)`` may replace block i.
         """
-        return self._run(latent, timestep, caption, caption_mask, state, on_block)[0]
+        return self._run(latent, timestep, caption, caption_mask, state, on_block, None)
 
     def commit(
         self, latent: Tensor, caption: Tensor, caption_mask: Tensor | None = None, *,
@@ -67,14 +67,36 @@ class SanaVideoTransformer(nn.Module):
         ``window`` and ``keep_undo`` matter for a new state only; a given state keeps its own.
         """
         times = torch.zeros(latent.shape[0], device=latent.device)
-        v, layers = self._run(latent, times, caption, caption_mask, state, None)
+        layers: list[LayerState] = []
+        v = self._run(latent, times, caption, caption_mask, state, None, layers)
+        return v, self._next_state(latent, layers, state, window, keep_undo)
+
+    def absorb(
+        self, latent: Tensor, caption: Tensor, caption_mask: Tensor | None = None, *,
+        state: RecurrentState | None = None, window: int = 0, keep_undo: bool = False, on_block: BlockHook | None = None,
+    ) -> RecurrentState:
+        """The next state as :meth:`commit` gives it, without the velocity.
+
+        The last block then only needs its keys, its values and its last frame, and the output head nothing at all.
+        ``on_block`` sees every block but the last.
+        """
+        times = torch.zeros(latent.shape[0], device=latent.device)
+        layers: list[LayerState] = []
+        self._run(latent, times, caption, caption_mask, state, on_block, layers, state_only=True)
+        return self._next_state(latent, layers, state, window, keep_undo)
+
+    def _next_state(self, latent, layers, state, window: int, keep_undo: bool) -> RecurrentState:
         grid = tuple(n // p for n, p in zip(latent.shape[2:], self.spec.patch))
         if state is None:
             state = RecurrentState.empty(
                 self.spec.name, grid[1:], latent.shape[0], "parity" if self.parity else "quality", window, keep_undo)
-        return v, state.advance(layers, grid[0], latent)
+        return state.advance(tuple(layers), grid[0], latent)
 
-    def _run(self, latent, timestep, caption, caption_mask, state, on_block) -> tuple[Tensor, tuple[LayerState, ...]]:
+    def _run(
+        self, latent, timestep, caption, caption_mask, state, on_block, layers: list[LayerState] | None,
+        state_only: bool = False,
+    ) -> Tensor | None:
+        """The network; every block's contribution is appended to ``layers`` when a list is given."""
         self._check(latent, timestep, caption, caption_mask)
         dtype = self.final_layer.scale_shift_table.dtype if self.compute_dtype is None else self.compute_dtype
         grid = tuple(n // p for n, p in zip(latent.shape[2:], self.spec.patch))
@@ -84,7 +106,7 @@ class SanaVideoTransformer(nn.Module):
             check_fits(state, self.spec, grid[1:], latent.shape[0])
             start = state.position
             if state.layers:
-                history = state.to(latent.device).layers
+                history = layers_on(state, latent.device)
         cos, sin = rope_table(*grid, self.spec.linear_head_dim, start,
                               torch.float64 if self.parity else torch.float32, latent.device)
         times = timestep if timestep.ndim == 2 else timestep[:, None]
@@ -92,19 +114,21 @@ class SanaVideoTransformer(nn.Module):
         rows = self.t_block(time).unflatten(-1, (6, -1))
         text = self.attention_y_norm(self.y_embedder(caption.to(dtype)))
         mask = None if caption_mask is None else caption_mask.bool()
-        ctx = Context(grid, rows, text, mask, cos, sin)
-        x = self.x_embedder(patchify(latent.to(dtype), self.spec.patch))
-        layers = []
+        ctx = Context(grid, rows, text, mask, cos, sin, valid_lengths(mask))
+        x = self.x_embedder(latent.to(dtype))
         for i, block in enumerate(self.blocks):
+            if state_only and i == len(self.blocks) - 1:
+                layers.append(block.contribution(x, ctx, history[i]))
+                return None
             x = self._run_block(i, block, x, ctx, history[i], on_block, layers)
-        v = unpatchify(self.final_layer(x, time), grid, self.spec.patch)
-        return v, tuple(layers)
+        return unpatchify(self.final_layer(x, time), grid, self.spec.patch)
 
     @staticmethod
     def _run_block(i, block, x, ctx, history, on_block, layers) -> Tensor:
         def call(tokens: Tensor) -> Tensor:
             out, layer = block(tokens, ctx, history)
-            layers.append(layer)
+            if layers is not None:  # the tail is a view of all frames; a state must hold the last one only
+                layers.append(layer._replace(tail=layer.tail.clone()))
             return out
 
         return call(x) if on_block is None else on_block(i, call, x)
@@ -139,7 +163,7 @@ class SanaVideoTransformer(nn.Module):
 def init_weights(model: SanaVideoTransformer, generator: torch.Generator | None = None) -> None:
     """Initial weights for training: N(0, 0.02)-like linears, zero temporal convolution, head and gates (paper §3.1)."""
     for name, p in model.named_parameters():
-        if name.endswith("t_conv.weight") or name.startswith("final_layer.linear") or name.endswith("bias"):
+        if name.endswith(("t_conv.weight", "bias")) or name.startswith("final_layer.linear"):
             nn.init.zeros_(p)
         elif name.endswith("scale_shift_table"):
             p.data.normal_(0, p.shape[-1] ** -0.5, generator=generator)

@@ -1,6 +1,6 @@
 """The operators the network is made of. Call these; the registry chooses the backend."""
 
-from . import reference
+from . import fused, reference
 from .reference import Contribution
 from .registry import OPERATORS, Constraint, Operator, force, operator, report
 
@@ -11,6 +11,8 @@ linear_attention = operator(reference.linear_attention)
 softmax_attention = operator(reference.softmax_attention)
 gated_depthwise = operator(reference.gated_depthwise)
 temporal_taps = operator(reference.temporal_taps)
+
+fused.register(OPERATORS)
 
 __all__ = [
     "OPERATORS", "Constraint", "Contribution", "Operator", "force", "gated_depthwise", "gated_residual",

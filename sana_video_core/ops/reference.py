@@ -82,25 +82,43 @@ def linear_attention(
     vk, ksum = own
     if history is not None:
         vk, ksum = vk + history.vk, ksum + history.ksum
+    if parity:  # the official shapes [D, D] x [D, N]: the other order of the same products rounds differently
+        out = vk @ q_rot.permute(0, 2, 3, 1)
+        z = 1 / (ksum @ q.permute(0, 2, 3, 1) + eps)
+        return (out * z).permute(0, 3, 1, 2).flatten(2).to(dtype), own
     out = q_rot.permute(0, 2, 1, 3) @ vk.transpose(-1, -2)
     z = 1 / (q.permute(0, 2, 1, 3) @ ksum.transpose(-1, -2) + eps)
     return (out * z).permute(0, 2, 1, 3).flatten(2).to(dtype), own
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """Cross attention of ``q [B, N, C]`` over text ``k, v [B, L, C]``; ``mask [B, L]`` True = valid (model spec 1.8)."""
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Cross attention of ``q [B, N, C]`` over text ``k, v [B, L, C]``; ``mask [B, L]`` True = valid (model spec 1.8).
+
+    ``lengths``: how many leading text tokens of each row are valid, where the caller knows. Leaving the others out is the
+    same as masking them, and keeps torch's attention without a mask available.
+    """
+    if lengths is not None:
+        if len(set(lengths)) > 1:
+            return torch.cat([softmax_attention(q[i:i + 1], k[i:i + 1], v[i:i + 1], heads, None, (n,))
+                              for i, n in enumerate(lengths)])
+        k, v, mask = k[:, :lengths[0]], v[:, :lengths[0]], None
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     bias = None if mask is None else mask[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
-def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+def gated_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False,
+) -> Tensor:
     """SiLU, depthwise 3x3 with zero padding on every frame, then ``a * SiLU(g)`` of the two halves (model spec 1.9).
 
-    x ``[B', N, 2E]`` with N a multiple of ``h*w`` -> ``[B', N, E]``; weight ``[2E, 1, 3, 3]``.
+    x ``[B', N, 2E]`` with N a multiple of ``h*w`` -> ``[B', N, E]``; weight ``[2E, 1, 3, 3]``. ``overwrite``: the caller
+    does not need x again, so its memory may be used.
     """
     batch, tokens, channels = x.shape
-    frames = F.silu(x).reshape(-1, *grid, channels).permute(0, 3, 1, 2)  # a channels-last view, no copy
+    frames = F.silu(x, inplace=overwrite).reshape(-1, *grid, channels).permute(0, 3, 1, 2)  # a channels-last view, no copy
     frames = F.conv2d(frames, weight, bias, padding=1, groups=channels)
     a, g = frames.permute(0, 2, 3, 1).reshape(batch, tokens, channels).chunk(2, -1)
     return a * F.silu(g)

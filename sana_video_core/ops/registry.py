@@ -7,20 +7,39 @@ as data what they need. A caller never mentions a backend. Not covered: the kern
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
 from ..errors import SanaVideoError
+
+log = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
 def triton_missing() -> str | None:
     """Reason why Triton cannot be used here, or None."""
     return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+@cache
+def triton_fault(device: torch.device) -> str | None:
+    """Reason why Triton's kernels do not work on this device although it is installed, or None. Tried once.
+
+    A missing C compiler or a driver that does not fit shows only when a kernel is built.
+    """
+    try:
+        importlib.import_module(".fused", __package__).self_test(device)
+    except Exception as error:  # whatever a compiler, a driver or a loader can raise
+        reason = f"Triton does not work here ({type(error).__name__}: {str(error).strip()[:200]})"
+        log.warning("%s; the slower plain operators run instead", reason)
+        return reason
+    return None
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,8 @@ class Constraint:
             return f"does not support {x.dtype}"
         if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < self.capability:
             return f"needs compute capability {'.'.join(map(str, self.capability))}"
+        if self.triton and x.device.type == "cuda" and (fault := triton_fault(x.device)):
+            return fault
         if self.inference_only and torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         ):
@@ -81,8 +102,8 @@ class Operator:
         return "reference", self.reference, reasons
 
     def __call__(self, *args, **kwargs):
-        if not self.backends or self.forced == "reference":
-            return self.reference(*args, **kwargs)
+        if not self.backends or self.forced == "reference" or torch.compiler.is_compiling():
+            return self.reference(*args, **kwargs)  # a compiler fuses the plain functions itself
         return self.choose(*args, **kwargs)[1](*args, **kwargs)
 
 

@@ -2,11 +2,12 @@
 
 Per layer: the running sum of v k'^T, the running sum of the keys, and the last frame before the temporal convolution.
 Running sums equal the official per-block list summed from the left, in O(1) memory and work a block. A state is an
-immutable NamedTuple: every operation returns a new one. Not covered: files (``state/files.py``), sampling.
+immutable NamedTuple: every operation returns a new one. Files: ``state/files.py``. Not covered: sampling.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,9 @@ class RecurrentState(NamedTuple):
     """What the model carries from block to block.
 
     ``position``: absolute first latent frame (in tokens of time) of the next block. ``grid``: (height, width) in tokens.
-    ``window``: 0 = all history, w = the sums of the last w blocks only (then ``recent`` holds their contributions).
+    ``window``: 0 = all history, w = the sums of the last w blocks only (then ``recent`` holds their contributions, without
+    tails). ``model``: fingerprint of the weights that made it, ``caption``: of the text that the last block was committed
+    with; both "" when nobody recorded them.
     """
 
     version: int
@@ -53,29 +56,34 @@ class RecurrentState(NamedTuple):
     layers: tuple[LayerState, ...]
     recent: tuple[tuple[LayerState, ...], ...] = ()
     undo: Undo | None = None
+    model: str = ""
+    caption: str = ""
 
     @classmethod
     def empty(
         cls, spec: str, grid: tuple[int, int], batch: int, precision: str = "quality", window: int = 0,
-        keep_undo: bool = False,
+        keep_undo: bool = False, model: str = "",
     ) -> RecurrentState:
         """The state before the first block."""
         if window < 0:
             raise StateError("The window cannot be negative", found=window, expected="0 (all history) or more blocks")
-        return cls(STATE_VERSION, spec, precision, 0, 0, tuple(grid), batch, window, keep_undo, ())
+        return cls(STATE_VERSION, spec, precision, 0, 0, tuple(grid), batch, window, keep_undo, (), model=model)
 
     def advance(self, own: tuple[LayerState, ...], frames: int, latent: Tensor) -> RecurrentState:
         """The state after a block of ``frames`` latent frames whose contributions are ``own`` (from the t = 0 pass)."""
-        recent = ((*self.recent, own)[-self.window:]) if self.window else ()
+        recent: tuple[tuple[LayerState, ...], ...] = ()
         if self.window:
+            sums = tuple(o._replace(tail=o.tail.new_empty(0)) for o in own)  # only the last block's tail is ever read
+            recent = (*self.recent, sums)[-self.window:]
             layers = recent[0]
             for block in recent[1:]:
                 layers = _add(layers, block)
+            layers = tuple(t._replace(tail=o.tail) for t, o in zip(layers, own, strict=True))
         else:
             layers = _add(self.layers, own) if self.layers else own
         undo = Undo(self.layers, self.position, latent.detach()) if self.keep_undo else None
         return self._replace(position=self.position + frames, blocks=self.blocks + 1, layers=layers, recent=recent,
-                             undo=undo)
+                             undo=undo, caption="")
 
     def before_last(self) -> tuple[RecurrentState, Tensor]:
         """(the state before the last block, that block's clean latent); needs ``keep_undo``."""
@@ -84,8 +92,34 @@ class RecurrentState(NamedTuple):
                              action="Carry the state with 'keep undo' switched on")
         return self._replace(
             position=self.undo.position, blocks=self.blocks - 1, layers=self.undo.layers,
-            recent=self.recent[:-1] if self.window else (), undo=None,
+            recent=self.recent[:-1] if self.window else (), undo=None, caption="",
         ), self.undo.latent
+
+    def windowed(self, window: int) -> RecurrentState:
+        """The same state that from here on remembers the last ``window`` blocks only (0: forgets nothing more).
+
+        What a full history has before its last block can only be told apart with undo data, so such a state keeps its last
+        block. What a window has forgotten stays forgotten.
+        """
+        if window < 0:
+            raise StateError("The window cannot be negative", found=window, expected="0 (all history) or more blocks")
+        if window == 0 or not self.layers:
+            return self._replace(window=window, recent=())
+        recent = self.recent[-window:]
+        if not self.window:
+            if self.undo is None:
+                raise StateError("This state cannot tell its last block from the blocks before", found="no undo data",
+                                 action="Carry the state with 'keep undo' switched on")
+            own = self.layers
+            if self.undo.layers:
+                own = tuple(LayerState(n.vk - e.vk, n.ksum - e.ksum, n.tail)
+                            for n, e in zip(self.layers, self.undo.layers, strict=True))
+            recent = (tuple(o._replace(tail=o.tail.new_empty(0)) for o in own),)
+        layers = recent[0]
+        for block in recent[1:]:
+            layers = _add(layers, block)
+        layers = tuple(t._replace(tail=o.tail) for t, o in zip(layers, self.layers, strict=True))
+        return self._replace(window=window, recent=recent, layers=layers)
 
     def to(self, device: torch.device | str, copy: bool = False) -> RecurrentState:
         """The same state with its tensors on ``device`` (fresh tensors when ``copy``)."""
@@ -94,6 +128,25 @@ class RecurrentState(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in tensors(self))
+
+    def without_undo(self) -> RecurrentState:
+        """The same state, no longer able to take its last block back: half the size."""
+        return self._replace(undo=None, keep_undo=False)
+
+    def save(self, path: str | Path, fingerprints: dict[str, str] | None = None) -> None:
+        """Write the state to a safetensors file, whole or not at all. See ``files.save_state``."""
+        from .files import save_state
+
+        save_state(self, path, fingerprints)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, spec: ModelSpec | None = None, fingerprints: dict[str, str] | None = None,
+    ) -> RecurrentState:
+        """Read a state back; any damage, and any field that differs from what is given, is refused by name."""
+        from .files import load_state
+
+        return load_state(path, spec, fingerprints)[0]
 
 
 def _add(total: tuple[LayerState, ...], own: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
@@ -118,13 +171,25 @@ def tensors(value) -> list[Tensor]:
     return found
 
 
-def check_fits(state: RecurrentState, spec: ModelSpec, grid: tuple[int, int], batch: int) -> None:
-    """Raise a StateError that names the first field in which ``state`` does not fit the model and the latent."""
+def layers_on(state: RecurrentState, device: torch.device | str) -> tuple[LayerState, ...]:
+    """The sums and tails only, on ``device``."""
+    return _map(state.layers, lambda t: t.to(device))
+
+
+def check_fits(
+    state: RecurrentState, spec: ModelSpec, grid: tuple[int, int], batch: int, precision: str | None = None, model: str = "",
+) -> None:
+    """Raise a StateError that names the first field in which ``state`` does not fit the model and the latent.
+
+    ``precision`` and ``model`` (a fingerprint of the weights) are compared when given and recorded.
+    """
     checks = (
         ("version", state.version, STATE_VERSION, "Make the state again with this version of the pack"),
         ("model", state.spec, spec.name, "Load the model that made the state"),
         ("token grid (height, width)", tuple(state.grid), tuple(grid), "Keep the resolution of the film"),
-        ("batch size", state.batch, batch, "Keep the batch size (and CFG) of the film"),
+        ("batch size", state.batch, batch, "Keep the batch size of the film, and CFG on or off"),
+        ("precision", state.precision, state.precision if precision is None else precision, "Use the mode of the film"),
+        ("weights", state.model, model if model and state.model else state.model, "Load the model that made the state"),
     )
     for field, found, expected, action in checks:
         if found != expected:

@@ -45,6 +45,7 @@ def start(work: Path) -> None:
 
         comfy.cli_args.args.cpu = True
     import folder_paths
+
     import nodes
 
     for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
@@ -116,10 +117,11 @@ def node(kind: str, **inputs) -> dict:
 
 
 def tiny_spec(core, **changes):
-    """A row like the 480p model's, small enough to run in milliseconds."""
-    sizes = {"name": "tiny", "depth": 2, "width": 32, "linear_head_dim": 16, "cross_heads": 2, "ffn_hidden": 48,
-             "channels": 16, "patch": (1, 2, 2), "caption_channels": 64, "vae": core.specs.WAN21} | changes
-    return core.specs.ModelSpec(**sizes)
+    """The mini model's row, small enough to run in milliseconds. Its width is a public one, so files need not name heads."""
+    from dataclasses import replace
+
+    sizes = {"name": "tiny", "depth": 2, "ffn_hidden": 48, "caption_channels": 64} | changes
+    return replace(core.specs.SPECS["sana-video-mini"], **sizes)
 
 
 def tiny_vae(path: Path, dim: int = 8) -> Path:

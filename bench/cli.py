@@ -1,0 +1,29 @@
+"""The list of benchmarks and the way to one: ``python3 run.py bench NAME [--tiny]``. Each module here has ``main(argv)``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = {
+    "dit": "the 2B network's CFG step beside diffusers (GPU; --tiny: a CPU check of the benchmark itself)",
+    "probe": "ceilings of the card, every operator with its variants, a profile (GPU)",
+    "prepare": "write full-size random model files in the public layouts: prepare BASE [--tiny]",
+    "comfy_step": "the three layouts bit for bit, and the step inside ComfyUI's layers: comfy_step BASE [--tiny]",
+    "comfy_server": "the real server, end to end, in three memory modes: comfy_server BASE [--tiny]",
+    "session": "everything above in one go with time limits (GPU)",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark; without a known name, list them (exit code 2)."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        print("usage: run.py bench NAME [options]", file=sys.stderr)
+        for name, text in BENCHMARKS.items():
+            print(f"  {name:14s}{text}", file=sys.stderr)
+        return 2
+    # ComfyUI's nodes.py must not be hidden by our nodes/ in the benchmarks that import both.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    return import_module(f".{arguments[0]}", __package__).main(arguments[1:]) or 0

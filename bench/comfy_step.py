@@ -1,0 +1,100 @@
+"""The three public layouts bit for bit through both loaders, then the step in ComfyUI's layers beside core and diffusers.
+
+``run.py bench comfy_step BASE [--tiny]`` after ``prepare BASE``; needs COMFYUI_PATH. One process holds everything: the core,
+the pack as ComfyUI loads it (its nodes' loader, ComfyUI's layer classes and patcher) and diffusers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import sana_video_core as svc
+
+from . import dit, prepare
+from .cli import ROOT
+from .harness import Report
+
+
+def load_pack():
+    """ComfyUI's modules and the pack's own loading module, as ComfyUI imports it."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    import nodes
+
+    if not asyncio.run(nodes.load_custom_node(str(ROOT), set(), module_parent="custom_nodes")):
+        raise RuntimeError("ComfyUI could not load the pack")
+    name = nodes.NODE_CLASS_MAPPINGS["SanaVideoLoader"].__module__.removesuffix(".loader")
+    return sys.modules[f"{name}.loading"]
+
+
+def same(state: dict, expected: dict) -> tuple[int, str]:
+    """(how many tensors differ in bf16, the first of them)."""
+    wrong = [name for name in expected if name not in state or not torch.equal(
+        state[name].to(expected[name].device, torch.bfloat16), expected[name])]
+    wrong += [name for name in state if name not in expected]
+    return len(wrong), wrong[0] if wrong else ""
+
+
+def check_layouts(report: Report, base: Path, loading, tiny: bool) -> None:
+    """Every file through the core's loader and through the node's loader against the values they were made from."""
+    work = dit.workload(tiny)
+    expected = {name: t.to(torch.bfloat16) for name, t in prepare.network(work.spec).items()}
+    seconds: list[tuple[str, float]] = []
+    for layout, path in prepare.layouts(base).items():
+        start = time.perf_counter()
+        state = svc.load_transformer(path).state_dict()
+        seconds.append((f"load_core_{layout}", time.perf_counter() - start))
+        count, first = same(state, expected)
+        report.check(f"core, {layout}: tensors that differ {first}".strip(), count, 0)
+        del state
+        file = path if path.is_file() else next(path.glob("*-00001-of-*.safetensors"))  # what the node's list shows
+        start = time.perf_counter()
+        patcher = loading.load_diffusion(str(file), "bf16", "auto")
+        seconds.append((f"load_node_{layout}", time.perf_counter() - start))
+        count, first = same(patcher.model.diffusion_model.state_dict(), expected)
+        report.check(f"node, {layout}: tensors that differ {first}".strip(), count, 0)
+        del patcher
+    for name, value in seconds:
+        report.add(name.replace(" ", "_"), value, "s, file in the page cache")
+
+
+def comfy_network(loading, path: Path) -> Callable:
+    """The network as the server builds and loads it, behind the core's call."""
+    import comfy.model_management
+
+    patcher = loading.load_diffusion(str(path), "bf16", "auto")
+    comfy.model_management.load_models_gpu([patcher], memory_required=8 << 30)
+    network = patcher.model.diffusion_model
+    network.compute_dtype = torch.bfloat16
+    for module in network.modules():  # diffusers' constants, see dit.PEER_EPS
+        if type(module).__name__ == "CrossAttention":
+            module.q_norm.eps = module.k_norm.eps = dit.PEER_EPS["cross_eps"]
+
+    def call(latent, timestep, caption, caption_mask):
+        return network(latent, timestep, caption, None, {}, attention_mask=caption_mask)
+
+    call.patcher = patcher  # keeps it loaded
+    return call
+
+
+@torch.inference_mode()
+def main(arguments: list[str]) -> int:
+    base, tiny = Path(arguments[0]), "--tiny" in arguments
+    loading = load_pack()
+    report = Report("comfy_step")
+    try:
+        check_layouts(report, base, loading, tiny)
+        call = comfy_network(loading, prepare.layouts(base)["safetensors bf16"])
+        dit.run(tiny, report=report, seed=prepare.SEED, others={"in_comfyui": call})
+    finally:
+        print(report.write(), flush=True)
+    return 0

@@ -1,0 +1,170 @@
+"""The 2B network's CFG step (two forwards) beside diffusers' network with the same weights, in one process.
+
+Rows: ``dit_480p_cfg_step_bf16`` (two forwards of batch 1, as at short memory) and ``..._batch2`` (one forward of batch 2).
+The check comes first: against the reference operators in float32 our bf16 error must not be over twice diffusers' own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sana_video_core import ops
+from sana_video_core.dit import SanaVideoTransformer
+from sana_video_core.specs import SPECS, ModelSpec
+
+from . import weights
+from .harness import Report, Timing, floor_ms, measure, peak_bytes, relative_error
+
+TEXT_TOKENS = (120, 40)  # valid tokens of the prompt and of the negative prompt, of 300
+# diffusers' constants (model spec 1.14): with them both networks are the same function.
+PEER_EPS = {"cross_eps": 1e-5, "attention_eps": 1e-15}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One size: spec, latent grid (frames, height, width), repeats."""
+
+    name: str
+    spec: ModelSpec
+    grid: tuple[int, int, int]
+    check_grid: tuple[int, int, int]
+    repeats: int = 7
+
+
+def workload(tiny: bool = False) -> Workload:
+    """832x480x81 with the 2B network, or a size that a CPU runs in a second."""
+    spec = SPECS["sana-video-2b-480p"]
+    if not tiny:
+        return Workload("dit_480p_cfg_step_bf16", spec, (21, 60, 104), (3, 60, 104))
+    return Workload("dit_480p_cfg_step_bf16", SPECS["sana-video-mini"], (3, 8, 8), (2, 8, 8), repeats=2)
+
+
+def build(spec: ModelSpec, device: str, dtype: torch.dtype, seed: int = 0, **options) -> SanaVideoTransformer:
+    """The core's network with random weights (made in float32 layer by layer, kept in ``dtype``)."""
+    with torch.device(device):
+        model = SanaVideoTransformer(spec, dtype=dtype, **options)
+    return weights.fill(model, seed).eval().requires_grad_(False)
+
+
+def inputs(spec: ModelSpec, grid: tuple[int, int, int], batch: int, device: str, dtype: torch.dtype, seed: int = 1) -> dict:
+    """Fresh random arguments of one forward; row i has ``TEXT_TOKENS[i]`` valid text tokens."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    lengths = torch.tensor([TEXT_TOKENS[i % 2] for i in range(batch)], device=device)
+    mask = torch.arange(spec.caption_tokens, device=device) < lengths[:, None]
+    return {"latent": noise(batch, spec.channels, *grid), "timestep": torch.full((batch,), 875.0, device=device),
+            "caption": noise(batch, spec.caption_tokens, spec.caption_channels), "caption_mask": mask.long()}
+
+
+def row(args: dict, i: int) -> dict:
+    """Arguments of batch row ``i`` alone."""
+    return {name: t[i:i + 1] for name, t in args.items()}
+
+
+def call_peer(peer, args: dict) -> torch.Tensor:
+    return peer(args["latent"], args["caption"], args["timestep"], encoder_attention_mask=args["caption_mask"],
+                return_dict=False)[0]
+
+
+def cfg_step(model, args: dict):
+    """Two forwards of batch 1."""
+    return [model(**row(args, i)) for i in range(2)]
+
+
+def peer_step(peer, args: dict):
+    return [call_peer(peer, row(args, i)) for i in range(2)]
+
+
+def forward_cost(spec: ModelSpec, tokens: int, batch: int = 1) -> tuple[float, float]:
+    """(FLOP, least bytes) of one forward: matrix products of the blocks, and the units of performance spec 1.2."""
+    c, hidden, text = spec.width, spec.ffn_hidden, spec.caption_tokens
+    per_token = 3 * c * c + c * c + 2 * c * c + 2 * hidden * c + 9 * 2 * hidden + hidden * c + 3 * c * c
+    per_token += 2 * c * spec.linear_head_dim + 2 * c * text
+    flop = 2.0 * batch * spec.depth * tokens * per_token
+    moved = 45.0 * batch * spec.depth * tokens * c * 2
+    return flop, moved
+
+
+@torch.inference_mode()
+def check(report: Report, work: Workload, model, peer, device: str, others: dict[str, Callable]) -> None:
+    """All networks against the reference operators in float32, on a clip of few frames."""
+    spec, args = work.spec, inputs(work.spec, work.check_grid, 2, device, torch.float32, seed=3)
+    truth_model = SanaVideoTransformer(spec, dtype=torch.float32, device=device, **PEER_EPS).eval()
+    truth_model.load_state_dict({k: t.float() for k, t in model.state_dict().items()})
+    with ops.force("reference"):
+        truth = truth_model(**args)
+    del truth_model
+    half = {k: t.to(torch.bfloat16) if k in ("latent", "caption") else t for k, t in args.items()}
+    theirs = relative_error(call_peer(peer, half), truth)
+    report.check("diffusers bf16 against float32 (sanity: the same function)", theirs, 0.1)
+    report.check("ours bf16 against float32, limit: twice diffusers' error", relative_error(model(**half), truth), 2 * theirs)
+    alone = torch.cat(cfg_step(model, half))
+    report.check("two rows apart against one batch", relative_error(alone, model(**half)), 2 * theirs)
+    for name, other in others.items():
+        report.check(f"{name} against float32", relative_error(other(**half), truth), 2 * theirs)
+
+
+@torch.inference_mode()
+def run(tiny: bool = False, device: str | None = None, report: Report | None = None, seed: int = 0,
+        others: dict[str, Callable] | None = None) -> Report:
+    """Check, then time; returns the report (not yet written).
+
+    ``others``: further ways to run the same weights (made from ``seed``), timed beside the bare core.
+    """
+    device, others = device or ("cuda" if torch.cuda.is_available() else "cpu"), others or {}
+    work = workload(tiny)
+    report = report or Report(work.name)
+    model = build(work.spec, device, torch.bfloat16, seed, **PEER_EPS)
+    peer = weights.diffusers_model(model.state_dict(), work.spec, torch.bfloat16, device)
+    check(report, work, model, peer, device, others)
+    args = inputs(work.spec, work.grid, 2, device, torch.bfloat16)
+    tokens = math.prod(n // p for n, p in zip(work.grid, work.spec.patch))
+    floor = floor_ms(*forward_cost(work.spec, tokens, 2))
+    for suffix, step, peer_call in (("", cfg_step, peer_step), ("_batch2", _whole, call_peer)):
+        _time(report, work, suffix, lambda m, s=step: s(m, args), lambda p=peer_call: p(peer, args), model, others, floor, device)
+    return report
+
+
+def _whole(model, args: dict):
+    """One forward of the whole batch."""
+    return model(**args)
+
+
+def _time(report: Report, work: Workload, suffix: str, step, theirs, model, others, floor, device) -> None:
+    """The rows of one way to run a CFG step: ours, the peer's, and the others'."""
+    name = work.name + suffix
+    mine = measure(lambda: step(model), 2, work.repeats, device)
+    other = measure(theirs, 2, max(3, work.repeats // 2), device)
+    report.add(name, mine, "ms", **ratios(mine, other, floor))
+    report.add(f"{name}_diffusers_eager", other, "ms")
+    report.add(f"{name}_peak_memory", peak_bytes(lambda: step(model)) / 2**30, "GiB over weights",
+               diffusers_eager=peak_bytes(theirs) / 2**30)
+    for label, third in others.items():
+        timing = measure(lambda t=third: step(t), 2, work.repeats, device)
+        report.add(f"{name}_{label}", timing, "ms", **ratios(timing, other, floor),
+                   overhead_vs_core=timing.median / mine.median - 1)
+
+
+def ratios(mine: Timing, other: Timing, floor: float | None) -> dict:
+    out = {"ratio_vs_diffusers_eager": other.median / mine.median}
+    return out if floor is None else out | {"floor_ratio": mine.median / floor}
+
+
+def main(arguments: list[str]) -> int:
+    tiny = "--tiny" in arguments
+    report = run(tiny)
+    if not tiny:  # a check of the benchmark, not a figure
+        print(report.write())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,284 @@
+"""The video file of a film, which grows block by block and can be played at any time.
+
+Every block becomes one fragment of an MP4 (H.264, made by an encoder of its own in one thread: the same pixels always give the
+same bytes), kept in ``block_0007.mp4``; ``film.mp4`` is the first one's header and all fragments in a row, so appending a block
+never touches what is there. A finished film is copied, without encoding again, into an ordinary seekable MP4. After a resume
+the decoder's memory is built again exactly from the last latents. Needs PyAV, which ComfyUI brings. Not covered: sound.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import SanaVideoError, StateError
+from ..state.atomic import PART, SYSTEM, append_synced, disk_error, hasher, write_atomic
+from ..vae.wan import DECODER_MEMORY, WanCache, WanVAE, denormalize
+from .folder import Film
+
+TICKS = 1000  # of the video's clock in one frame, times the denominator of the frame rate
+VIDEO = "film.mp4"
+_MARK = b"sana-video:"
+
+
+class Decoder(Protocol):
+    """Latents to pixels with a memory of the past. ``memory``: latent frames from which it is exact; ``key``: names weights."""
+
+    memory: int
+    key: str
+
+    def start(self, before: Tensor | None) -> None:
+        """Forget everything, then take in the latents before the next block (None at the beginning of a video)."""
+
+    def decode(self, latent: Tensor) -> Iterator[Tensor]:
+        """Frames ``[n, H, W, 3]`` uint8 on the CPU of a model-space latent ``[1, C, T, H, W]``, a few at a time."""
+
+
+class WanStream:
+    """The core's Wan VAE as a :class:`Decoder`."""
+
+    memory = DECODER_MEMORY
+
+    def __init__(self, vae: WanVAE, key: str = ""):
+        self.vae, self.key, self._cache = vae, key, WanCache()
+
+    def _raw(self, latent: Tensor) -> Tensor:
+        weight = self.vae.conv2.weight
+        return (denormalize(latent) if latent.shape[1] == 16 else latent).to(weight.device, weight.dtype)
+
+    def start(self, before: Tensor | None) -> None:
+        with torch.no_grad():
+            self._cache = WanCache() if before is None else self.vae.rebuild_cache(self._raw(before))
+
+    def decode(self, latent: Tensor) -> Iterator[Tensor]:
+        frames = self.vae.decode_stream(self._raw(latent), self._cache)
+        while True:
+            with torch.no_grad():
+                piece = next(frames, None)
+            if piece is None:
+                return
+            yield to_uint8(piece[0].movedim(0, -1))
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Pixels in -1..1 to uint8 on the CPU, as the official script rounds them."""
+    return (frames.float().clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8).cpu()
+
+
+def boxes(data: bytes) -> list[tuple[str, int, int]]:
+    """(type, start, size) of the top-level boxes of an MP4; anything else is a ValueError."""
+    found, at = [], 0
+    while at < len(data):
+        if at + 8 > len(data):
+            raise ValueError("half a box")
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if size < 8 or at + size > len(data):
+            raise ValueError("a box that does not end")
+        found.append((kind.decode("latin-1"), at, size))
+        at += size
+    return found
+
+
+def encode_fragment(frames: Iterable[Tensor], start: int, number: int, fps: Fraction, crf: int = 18) -> tuple[bytes, bytes, int]:
+    """(header, fragment, frames) of groups of frames ``[n, H, W, 3]`` uint8 that begin at frame ``start`` of the film."""
+    import av
+    from av.video.reformatter import Colorspace
+
+    file, count, stream = io.BytesIO(), 0, None
+    options = {"movflags": "frag_custom+empty_moov+default_base_moof", "fragment_index": str(number + 1),
+               "video_track_timescale": str(fps.numerator * TICKS), "fflags": "+bitexact"}
+    # No B-frames and a fixed thread count: fragments stand alone, and the bytes do not depend on the machine's cores.
+    x264 = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "bframes=0:threads=1:keyint=250:scenecut=0"}
+    with av.open(file, "w", format="mp4", options=options) as container:
+        for group in frames:
+            for image in group:
+                if stream is None:
+                    stream = container.add_stream("libx264", rate=fps, options=x264)
+                    stream.height, stream.width, stream.pix_fmt = image.shape[0], image.shape[1], "yuv420p"
+                    context = stream.codec_context
+                    context.time_base = 1 / fps
+                    context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+                    context.color_range = 1
+                frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+                frame.pts, frame.time_base = count, 1 / fps
+                container.mux(stream.encode(frame))
+                count += 1
+        if stream is None:
+            raise SanaVideoError("A block without frames cannot become video")
+        container.mux(stream.encode())
+    data = bytearray(file.getvalue())
+    place = data.index(b"tfdt") + 4
+    if data[place] != 1:
+        raise SanaVideoError("This build of PyAV writes fragments of an unknown form", found=f"tfdt version {data[place]}")
+    struct.pack_into(">Q", data, place + 4, start * fps.denominator * TICKS)
+    parts = {kind: bytes(data[at:at + size]) for kind, at, size in boxes(bytes(data))}
+    return parts["ftyp"] + parts["moov"], parts["moof"] + parts["mdat"], count
+
+
+class FilmVideo:
+    """The growing video of one film. Decodes finished blocks in order; anything it wrote before is used again."""
+
+    def __init__(self, film: Film, decoder: Decoder, fps: float | Fraction = 16, crf: int = 18, name: str = VIDEO):
+        self.film, self.decoder, self.crf = film, decoder, crf
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.path = film.folder / name
+        self.blocks = 0  # blocks in the file
+        self.frames = 0  # pixel frames in the file
+        self._ready: int | None = None  # the block that the decoder can take next
+        self._header = b""
+        self._size = 0
+
+    def contract(self, block: int) -> str:
+        """What the fragment of a block depends on."""
+        digest = hasher(self.film.plan.algorithm)
+        digest.update(json.dumps([self.film.plan.contracts[block], self.decoder.key, str(self.fps), self.crf]).encode())
+        return digest.hexdigest()
+
+    def open(self) -> int:
+        """Bring the file to the state of the fragments on disk; returns how many blocks it shows."""
+        finished, segments = self.film.finished(), []
+        while len(segments) < finished and (found := self._segment(len(segments))) is not None:
+            segments.append(found)
+        self.blocks, self.frames = len(segments), sum(s[2] for s in segments)
+        self._size = sum(s[1][1] for s in segments) + (len(segments[0][0]) if segments else 0)
+        self._header = segments[0][0] if segments else b""
+        if segments and not self._complete():
+            write_atomic(self.path, self._pieces(segments))
+        return self.blocks
+
+    def _pieces(self, segments: list) -> Iterator[bytes]:
+        yield self._header
+        for block, (_, (start, size), _) in enumerate(segments):
+            with open(self.film.segment_path(block), "rb") as file:
+                file.seek(start)
+                yield file.read(size)
+
+    def _segment(self, block: int) -> tuple[bytes, tuple[int, int], int] | None:
+        """(header, (start, size) of the fragment, frames) of a block's fragment file; None unless it is whole and current."""
+        try:
+            data = self.film.segment_path(block).read_bytes()
+            kind, at, size = boxes(data)[-1]
+            mark = data[at + 8:at + size]
+            if kind != "free" or not mark.startswith(_MARK):
+                return None
+            record = json.loads(mark[len(_MARK):])
+            digest = hasher(self.film.plan.algorithm)
+            digest.update(data[:at])
+            if record["contract"] != self.contract(block) or record["digest"] != digest.hexdigest():
+                return None
+            moof = next(start for kind, start, _ in boxes(data) if kind == "moof")
+            return data[:moof], (moof, at - moof), int(record["frames"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration):
+            return None  # made anew from the latent
+
+    def add(self, block: int) -> int:
+        """Decode a finished block, keep its fragment and append it to the file; returns the frames added."""
+        if block != self.blocks:
+            raise SanaVideoError("Blocks are decoded in order", found=f"block {block + 1}", expected=f"block {self.blocks + 1}")
+        found = self._segment(block)
+        if found is None:
+            found = self._make_segment(block)
+        else:
+            self._ready = None
+        header, (start, size), frames = found
+        with open(self.film.segment_path(block), "rb") as file:
+            file.seek(start)
+            fragment = file.read(size)
+        if block == 0:
+            write_atomic(self.path, [header, fragment])
+            self._header, self._size = header, len(header)
+        elif header != self._header:
+            raise SanaVideoError("The fragments of the film do not belong together",
+                                 action="Remove the block_*.mp4 files; they are made again from the latents")
+        else:
+            self._append(fragment)
+        self.blocks, self.frames, self._size = block + 1, self.frames + frames, self._size + size
+        return frames
+
+    def _append(self, fragment: bytes) -> None:
+        try:
+            if self.path.stat().st_size != self._size:  # a finished film that goes on, or a file that someone has changed
+                write_atomic(self.path, self._pieces([self._segment(i) for i in range(self.blocks)]))
+            append_synced(self.path, fragment)
+        except StateError:
+            if self.path.exists():
+                with open(self.path, "r+b") as file:
+                    file.truncate(self._size)
+            raise
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+    def _make_segment(self, block: int) -> tuple[bytes, tuple[int, int], int]:
+        if self._ready != block:
+            self.decoder.start(self.film.latents_before(block, self.decoder.memory))
+        self._ready = None  # until it has gone well
+        frames = self.decoder.decode(self.film.latent(block))
+        header, fragment, count = encode_fragment(frames, self.frames, block, self.fps, self.crf)
+        self._ready = block + 1
+        digest = hasher(self.film.plan.algorithm)
+        digest.update(header + fragment)
+        record = {"contract": self.contract(block), "digest": digest.hexdigest(), "frames": count, "start": self.frames}
+        mark = _MARK + json.dumps(record, sort_keys=True).encode()
+        write_atomic(self.film.segment_path(block), [header, fragment, struct.pack(">I4s", len(mark) + 8, b"free"), mark])
+        return header, (len(header), len(fragment)), count
+
+    def catch_up(self) -> int:
+        """Decode every finished block that the file does not show yet, and complete the file when the film is complete."""
+        while self.blocks < self.film.finished():
+            self.add(self.blocks)
+        if self.blocks == len(self.film.plan.blocks):
+            self.complete()
+        return self.blocks
+
+    def _end(self) -> bytes:
+        mark = _MARK + f"complete {self.contract(self.blocks - 1)}".encode()
+        return struct.pack(">I4s", len(mark) + 8, b"free") + mark
+
+    def _complete(self) -> bool:
+        end = self._end()
+        if not self.path.exists() or self.blocks < len(self.film.plan.blocks) or self.path.stat().st_size < len(end):
+            return False
+        with open(self.path, "rb") as file:
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() == end
+
+    def complete(self) -> None:
+        """Turn the file of a complete film into an ordinary MP4 that players can seek in; no picture is encoded again."""
+        import av
+
+        if self.blocks and not self._complete():
+            part = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}{PART}")
+            try:
+                _remux(self.path, part)
+                append_synced(part, self._end())
+                SYSTEM.replace(part, self.path)
+                SYSTEM.sync_folder(self.path.parent)
+            except (OSError, av.FFmpegError) as error:
+                raise disk_error(error if isinstance(error, OSError) else OSError(str(error)), self.path) from error
+            finally:
+                if part.exists():
+                    part.unlink()
+
+
+def _remux(source: Path, target: Path) -> None:
+    import av
+
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with av.open(str(source)) as old, av.open(str(target), "w", format="mp4", options=options) as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        for packet in old.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                new.mux(packet)

@@ -1,0 +1,277 @@
+"""Block-wise sampling of a film: a generator that yields finished blocks (causal spec 0, 4).
+
+Each block is denoised against the state of the earlier ones and then committed at time 0, which gives the next state. Only
+the state is carried, so memory does not grow. Noise depends on (seed, block, step) alone, so a block does not depend on how
+many are run in one go. The model is anything with the calls of :class:`~sana_video_core.dit.SanaVideoTransformer`:
+``model(latent, time, caption, mask, state=)`` and ``model.absorb(latent, caption, mask, state=)``.
+Not covered: decoding, files (``film``), which levels a model wants (``schedules.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import SanaVideoError, StateError
+from ..specs import ModelSpec
+from ..state import RecurrentState, check_fits
+from .guidance import TIME_SCALE, Caption, caption_batch, guided
+from .plan import BlockPlan, Span
+from .schedules import FewStep, few_steps, longsana_steps
+from .solvers import few_step_solver, flow_dpm_solver, flow_euler_solver
+
+Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) -> standard normal; step 0 starts the block
+StepHook = Callable[[int, int, int, Tensor], object]  # (block, step, steps, estimate of the clean latent)
+SOLVERS = {"flow-DPM": flow_dpm_solver, "flow Euler": flow_euler_solver}
+RENOISE = "few-step re-noise"
+
+
+class Condition(NamedTuple):
+    """The texts of one block. ``negative`` is used when CFG is not 1."""
+
+    positive: Caption
+    negative: Caption | None = None
+
+
+class Recipe(NamedTuple):
+    """How a block is denoised: ``steps`` with fresh noise (few-step models), or ``sigmas`` through a ``solver``."""
+
+    solver: str = RENOISE
+    steps: tuple[FewStep, ...] = ()
+    sigmas: tuple[float, ...] = ()
+    cfg: float = 1.0
+
+    @classmethod
+    def few_step(cls, sigmas: Sequence[float] | Tensor | None = None, cfg: float = 1.0, **longsana) -> Recipe:
+        """LongSANA's four steps, or any falling levels that end with 0."""
+        return cls(RENOISE, longsana_steps(**longsana) if sigmas is None else few_steps(sigmas), (), float(cfg))
+
+    @classmethod
+    def multi_step(cls, sigmas: Sequence[float] | Tensor, solver: str = "flow-DPM", cfg: float = 1.0) -> Recipe:
+        """A solver of the non-distilled models over falling levels that end with 0."""
+        levels = torch.as_tensor(sigmas, dtype=torch.float32).tolist()
+        if solver not in SOLVERS or len(levels) < 2 or levels[-1] != 0 or any(a <= b for a, b in itertools.pairwise(levels)):
+            raise SanaVideoError("A block cannot be sampled this way", found=f"{solver}, levels {levels[:4]} ...",
+                                 expected=f"{', '.join(SOLVERS)}; levels that fall and end with 0")
+        return cls(solver, (), tuple(levels), float(cfg))
+
+    @property
+    def count(self) -> int:
+        """Steps a block."""
+        return len(self.steps) or len(self.sigmas) - 1
+
+
+class Block(NamedTuple):
+    """A finished block: absolute ``index`` and first latent frame ``start``, clean ``latent [B, C, T, H, W]`` in the model's
+    space (float32), and the ``state`` after it (None when it was not asked for)."""
+
+    index: int
+    start: int
+    latent: Tensor
+    state: RecurrentState | None
+
+
+def seeded_noise(seed: int | Callable[[int], int]) -> Noise:
+    """Float32 noise on the CPU from (seed, block, step); ``seed`` may be a function of the block."""
+    def noise(block: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        own = seed(block) if callable(seed) else seed
+        digest = hashlib.blake2b(f"sana-video block noise 1|{own}|{block}|{step}".encode(), digest_size=8).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    return noise
+
+
+def caption_key(condition: Condition, cfg: float = 1.0) -> str:
+    """Fingerprint of the texts of a block as the network sees them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for caption in (condition.positive, condition.negative if cfg != 1 else None):
+        for t in (None, None) if caption is None else caption:
+            digest.update(b"none" if t is None else f"{tuple(t.shape)}{t.dtype}".encode())
+            if t is not None:
+                digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def rows_of(condition: Condition, batch: int, cfg: float, device) -> Caption:
+    """The text rows of one network call: one a video, or [negative, positive] with CFG (padded to one length)."""
+    positive = caption_batch(condition.positive, batch)
+    if cfg == 1:
+        return Caption(*(None if t is None else t.to(device) for t in positive))
+    if condition.negative is None:
+        raise SanaVideoError("CFG needs a negative prompt", found=f"CFG {cfg:g} and none",
+                             action="Connect the negative conditioning (it may be an empty text), or set CFG to 1")
+    halves = (caption_batch(condition.negative, batch, "negative caption"), positive)
+    length = max(c.embedding.shape[1] for c in halves)
+    embeddings, masks = [], []
+    for embedding, mask in halves:
+        mask = torch.ones(embedding.shape[:2], dtype=torch.bool, device=embedding.device) if mask is None else mask.bool()
+        missing = length - embedding.shape[1]
+        embeddings.append(torch.nn.functional.pad(embedding, (0, 0, 0, missing)).to(device))
+        masks.append(torch.nn.functional.pad(mask, (0, missing)).to(device))
+    return Caption(torch.cat(embeddings), torch.cat(masks))
+
+
+def denoise_block(
+    model: Callable, shape: tuple[int, ...], recipe: Recipe, rows: Caption, state: RecurrentState | None, noise, *,
+    device="cpu", callback=None, parity: bool = False,
+) -> Tensor:
+    """The clean latent ``[B, C, T, H, W]`` float32 of one block; ``noise(step)`` gives its noise, step 0 the start.
+
+    ``callback(step, x0, x)`` sees every step; what it raises ends the block. ``parity`` keeps the dtype chain of the official
+    half-precision run (x0 in the network's dtype); otherwise everything outside the network is float32. Differentiable.
+    """
+    batch, total = shape[0], rows.embedding.shape[0]
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        times = torch.as_tensor(time, dtype=torch.float32, device=device).expand(total)
+        latent = x if total == batch else torch.cat((x, x))
+        v = model(latent, times, rows.embedding, rows.mask, state=state)
+        if total != batch:
+            return guided(*v.chunk(2), recipe.cfg)
+        return v if parity else v.float()
+
+    start = noise(0).to(device)
+    if recipe.steps:
+        return few_step_solver(velocity, start, recipe.steps, lambda step: noise(step + 1), callback).float()
+    levels = torch.tensor(recipe.sigmas, dtype=torch.float32)
+    return SOLVERS[recipe.solver](lambda x, sigma: velocity(x, TIME_SCALE * sigma).to(x.dtype), start, levels, callback).float()
+
+
+class _Run:
+    """One call of :func:`sample_blocks`: what stays the same from block to block."""
+
+    def __init__(self, model, spec: ModelSpec, recipe: Recipe, batch: int, size, noise: Noise, device, parity: bool,
+                 recompute: bool, on_step: StepHook | None):
+        self.model, self.spec, self.recipe, self.batch, self.size = model, spec, recipe, batch, size
+        self.noise, self.device, self.parity, self.recompute, self.on_step = noise, device, parity, recompute, on_step
+
+    def texts(self, condition: Condition) -> tuple[Caption, str]:
+        return rows_of(condition, self.batch, self.recipe.cfg, self.device), caption_key(condition, self.recipe.cfg)
+
+    def switch(self, span: Span, state: RecurrentState, rows: Caption, key: str) -> RecurrentState:
+        """At a prompt change the block before is committed again with the new text (causal spec 4.5)."""
+        if not self.recompute or not state.layers or state.caption in ("", key):
+            return state
+        if state.undo is None:
+            raise StateError(f"The prompt changes at block {span.index + 1}, and the state cannot take the block before back",
+                             found="a state without undo data",
+                             action="Carry the state with 'keep undo', or switch the recomputation at prompt changes off")
+        before, clean = state.before_last()
+        again = self.commit(clean, rows, before, span.index - 1)
+        return again._replace(caption=key)
+
+    def commit(self, latent: Tensor, rows: Caption, state: RecurrentState, index: int) -> RecurrentState:
+        latent = latent.to(self.device)
+        if latent.shape[0] != rows.embedding.shape[0]:
+            latent = torch.cat((latent, latent))
+        state = self.model.absorb(latent, rows.embedding, rows.mask, state=state)
+        if not all(bool(torch.isfinite(t).all()) for layer in state.layers for t in layer):
+            raise SanaVideoError(f"Block {index + 1} left values in the state that are not numbers",
+                                 action="Run the model in bf16 or fp32 with unchanged weights; the blocks before are intact")
+        return state
+
+    def block(self, span: Span, rows: Caption, state: RecurrentState) -> Tensor:
+        shape = (self.batch, self.spec.channels, span.frames * self.spec.patch[0], *self.size)
+
+        def callback(step: int, x0: Tensor, x: Tensor) -> None:
+            if not bool(torch.isfinite(x0).all()):
+                raise SanaVideoError(f"Block {span.index + 1} became values that are not numbers in step {step + 1}",
+                                     action="Run the model in bf16 or fp32; the blocks before are intact")
+            if self.on_step is not None:
+                self.on_step(span.index, step, self.recipe.count, x0)
+
+        return denoise_block(
+            self.model, shape, self.recipe, rows, state,
+            lambda step: self.noise(span.index, step, shape), device=self.device, callback=callback, parity=self.parity)
+
+
+def start_state(
+    spec: ModelSpec, size: tuple[int, int], rows: int, state: RecurrentState | None = None, *, parity: bool = False,
+    window: int = 0, keep_undo: bool = True, model_print: str = "",
+) -> RecurrentState:
+    """The given state if it fits (latent ``size``, ``rows`` = batch, doubled with CFG), or the empty one of a new film."""
+    grid = (size[0] // spec.patch[1], size[1] // spec.patch[2])
+    precision = "parity" if parity else "quality"
+    if state is None:
+        return RecurrentState.empty(spec.name, grid, rows, precision, window, keep_undo, model_print)
+    check_fits(state, spec, grid, rows, precision, model_print)
+    return state
+
+
+def sample_blocks(
+    model, plan: BlockPlan, condition: Condition | Callable[[int], Condition], *, spec: ModelSpec, size: tuple[int, int],
+    recipe: Recipe, seed: int | Callable[[int], int] = 0, state: RecurrentState | None = None, batch: int = 1,
+    device: torch.device | str = "cpu", window: int = 0, recompute: bool = True, keep_undo: bool = True,
+    commit_last: bool = True, parity: bool = False, model_print: str = "", noise: Noise | None = None,
+    on_step: StepHook | None = None, grad: bool = False,
+) -> Iterator[Block]:
+    """Yield the blocks of ``plan`` one by one; each is finished when it is yielded.
+
+    ``condition`` is one for all, or a function of the absolute block. ``size`` is the latent height and width. ``state``
+    continues a film: the plan must begin where it ends. ``recompute`` repeats the commit of the block before at a change of
+    text; it needs ``keep_undo`` (twice the state's memory). ``window`` w > 0 forgets all but the last w blocks; both are
+    properties of a new state, a given one keeps its own. ``commit_last=False`` saves one pass when nobody will continue.
+    ``on_step`` may raise to cancel. ``grad`` keeps gradients of the denoising (the state never carries any).
+    """
+    plan.checked()
+    rows = batch * (1 if recipe.cfg == 1 else 2)
+    state = start_state(spec, size, rows, state, parity=parity, window=window, keep_undo=keep_undo, model_print=model_print)
+    if (state.blocks, state.position) != (plan.index, plan.start):
+        raise StateError("The block plan does not begin where the state ends",
+                         found=f"block {plan.index + 1} at latent frame {plan.start}",
+                         expected=f"block {state.blocks + 1} at latent frame {state.position}")
+    run = _Run(model, spec, recipe, batch, tuple(size), noise or seeded_noise(seed), torch.device(device), parity, recompute,
+               on_step)
+    state = state.to(device)
+    spans = plan.spans()
+    while spans:
+        span = spans.pop(0)
+        texts, key = run.texts(condition(span.index) if callable(condition) else condition)
+        with torch.no_grad():
+            state = run.switch(span, state, texts, key)
+        with torch.set_grad_enabled(grad):
+            latent = run.block(span, texts, state)
+        after = None
+        if spans or commit_last:
+            with torch.no_grad():
+                after = state = run.commit(latent.detach(), texts, state, span.index)._replace(caption=key)
+        block = Block(span.index, span.start, latent, after)
+        del latent, texts
+        yield block
+        del block, after
+
+
+def prefill(
+    model, latent: Tensor, condition: Condition | Callable[[int], Condition], *, spec: ModelSpec, lengths: Sequence[int],
+    cfg: float = 1.0, state: RecurrentState | None = None, device: torch.device | str = "cpu", window: int = 0,
+    keep_undo: bool = True, recompute: bool = False, parity: bool = False, model_print: str = "",
+    on_block: Callable[[int, int], object] | None = None,
+) -> RecurrentState:
+    """The state as if the model had made ``latent [B, C, T, H, W]`` (model space) in blocks of ``lengths`` latent frames.
+
+    With the texts and ``recompute`` of a run of :func:`sample_blocks` it is that run's state, bit for bit.
+    """
+    batch, size = latent.shape[0], tuple(latent.shape[3:])
+    if sum(lengths) != latent.shape[2]:
+        raise SanaVideoError("The blocks do not cover the clip", found=f"{sum(lengths)} latent frames in blocks",
+                             expected=latent.shape[2])
+    rows = batch * (1 if cfg == 1 else 2)
+    state = start_state(spec, size, rows, state, parity=parity, window=window, keep_undo=keep_undo, model_print=model_print)
+    plan = BlockPlan(tuple(lengths), state.blocks, state.position).checked()
+    run = _Run(model, spec, Recipe(cfg=cfg), batch, size, seeded_noise(0), torch.device(device), parity, recompute, None)
+    state = state.to(device)
+    with torch.no_grad():
+        for n, span in enumerate(plan.spans()):
+            texts, key = run.texts(condition(span.index) if callable(condition) else condition)
+            state = run.switch(span, state, texts, key)
+            piece = latent[:, :, span.start - plan.start:span.end - plan.start].float()
+            state = run.commit(piece, texts, state, span.index)._replace(caption=key)
+            if on_block is not None:
+                on_block(n + 1, len(plan.lengths))
+    return state

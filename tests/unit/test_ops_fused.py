@@ -1,0 +1,107 @@
+"""The fused operators: when they are chosen, and that the plain-torch ones equal the reference on awkward shapes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from sana_video_core import ops
+from sana_video_core.errors import SanaVideoError
+from sana_video_core.ops import fused, reference
+
+SHAPES = list(itertools.product((1, 2, 3), (1, 2, 5), (1, 7, 12), (8, 24)))  # batch, frames, tokens a frame, channels
+
+
+@pytest.mark.parametrize(("batch", "frames", "size", "channels"), SHAPES)
+def test_temporal_taps_equal_the_reference(batch, frames, size, channels):
+    generator = torch.Generator().manual_seed(batch * 100 + frames * 10 + size)
+    u = torch.randn(batch, frames * size, channels, generator=generator)
+    for tail in (None, torch.randn(batch, 1, size, channels, generator=generator)):
+        found, expected = fused.temporal_taps(u, frames, tail), reference.temporal_taps(u, frames, tail)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize(("batch", "frames", "size", "channels"), SHAPES)
+def test_gated_residual_equals_the_reference(batch, frames, size, channels):
+    generator = torch.Generator().manual_seed(frames)
+    x, y = (torch.randn(batch, frames * size, channels, generator=generator) for _ in range(2))
+    for rows in {1, frames}:
+        gate = torch.randn(batch, rows, 6, channels, generator=generator).unbind(2)[2]
+        assert torch.allclose(fused.gated_residual(x, y, gate), reference.gated_residual(x, y, gate), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_the_reference(dtype):
+    x, weight = torch.randn(2, 9, 40).to(dtype) * 3, torch.rand(40).to(dtype) + 0.5
+    found, expected = fused.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
+    assert torch.allclose(found.float(), expected.float(), rtol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 2), (1, 9)])
+def test_trimmed_text_equals_masked_text(lengths):
+    q, k, v = torch.randn(2, 11, 32), torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    trimmed = reference.softmax_attention(q, k, v, 4, mask, lengths)
+    assert torch.allclose(trimmed, reference.softmax_attention(q, k, v, 4, mask), atol=1e-6)
+    k[~mask] = float("nan")  # left out, not multiplied by zero
+    assert torch.equal(reference.softmax_attention(q, k, v, 4, mask, lengths), trimmed)
+
+
+@pytest.mark.parametrize(("mask", "expected"), [
+    ([[1, 1, 0], [1, 0, 0]], (2, 1)), ([[1, 1, 1]], (3,)), ([[1, 0, 1]], None), ([[0, 0, 0]], None), ([[0, 1, 1]], None)])
+def test_lengths_are_known_only_for_leading_tokens(mask, expected):
+    from sana_video_core.dit.layers import valid_lengths
+
+    with torch.inference_mode():
+        assert valid_lengths(torch.tensor(mask).bool()) == expected
+        assert valid_lengths(None) is None
+    assert valid_lengths(torch.tensor(mask).bool()) is None  # in training the batch stays whole
+
+
+def test_cpu_runs_the_reference_and_says_why():
+    x, y, gate = torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.randn(1, 1, 8)
+    name, function, reasons = ops.gated_residual.choose(x, y, gate)
+    assert (name, function) == ("reference", reference.gated_residual)
+    assert "the input is on cpu" in reasons["torch-fused"]
+    with ops.force("torch-fused", "gated_residual"), pytest.raises(SanaVideoError, match="forced to 'torch-fused'"):
+        ops.gated_residual(x, y, gate)
+
+
+def test_parity_mode_is_refused_by_the_fused_attention():
+    _, constraint = ops.OPERATORS["linear_attention"].backends["triton"]
+    qkv, weight, table = torch.randn(1, 4, 3 * 16), torch.ones(16), torch.zeros(4, 4)
+    assert "parity" in constraint.check(qkv, weight, weight, table, table, 2, None, parity=True)
+    assert "float32 rotary" in constraint.check(qkv, weight, weight, table.double(), table, 2, None)
+    assert constraint.check(qkv, weight, weight, table, table, 2, None, parity=False, eps=1e-8) is None
+
+
+def test_operators_that_train_refuse_backends_without_gradient():
+    for name in ops.OPERATORS:
+        for _, constraint in ops.OPERATORS[name].backends.values():
+            assert constraint.inference_only and "cpu" not in constraint.devices
+
+
+def test_overwriting_happens_only_where_it_is_allowed():
+    x, weight = torch.randn(1, 6, 8), torch.randn(8, 1, 3, 3)
+    kept = x.clone()
+    expected = reference.gated_depthwise(x, weight, None, (2, 3))
+    assert torch.equal(x, kept)
+    assert torch.equal(reference.gated_depthwise(x, weight, None, (2, 3), True), expected)
+    assert not torch.equal(x, kept)
+
+
+def test_a_triton_that_cannot_build_kernels_is_passed_over_with_its_reason(monkeypatch, caplog):
+    from sana_video_core.ops import registry
+
+    def broken(device):
+        raise RuntimeError("no C compiler found")
+
+    monkeypatch.setattr(fused, "self_test", broken)
+    registry.triton_fault.cache_clear()
+    try:
+        assert "no C compiler found" in registry.triton_fault(torch.device("cpu"))
+        assert "plain operators run instead" in caplog.text
+    finally:
+        registry.triton_fault.cache_clear()

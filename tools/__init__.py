@@ -1,0 +1,1 @@
+"""What run.py is made of (standard library only): the environment, the real ComfyUI server, the demo."""

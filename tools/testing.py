@@ -1,0 +1,41 @@
+"""``run.py test``: pytest over tests/ in the environment, with a browser at hand and threads that do not fight."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from . import browser
+from .environment import Environment
+from .places import ROOT, RunError
+
+NEEDED = ("pytest", "pytest_timeout", "hypothesis", "playwright")
+
+
+def run_tests(environment: Environment, arguments: list[str]) -> int:
+    """pytest's exit code. ``arguments`` go to pytest; without a path among them everything under tests/ runs."""
+    require_tools(environment)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(min(4, os.cpu_count() or 1))
+    variables = environment.child_env(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false",
+                                      PYTHONFAULTHANDLER="1", OMP_WAIT_POLICY="PASSIVE")  # server and tests share the cores
+    if needs_browser(arguments):
+        variables["SANA_VIDEO_BROWSER"] = browser.ensure()
+    command = [environment.python, "-m", "pytest", "-ra", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables).returncode
+
+
+def needs_browser(arguments: list[str]) -> bool:
+    """True when the browser tests are among what will run."""
+    paths = [a for a in arguments if not a.startswith("-") and (ROOT / a.split("::")[0]).exists()]
+    if "--ignore=tests/browser" in arguments or not (ROOT / "tests" / "browser").is_dir():
+        return False
+    return not paths or any("browser" in path or path.rstrip("/") == "tests" for path in paths)
+
+
+def require_tools(environment: Environment) -> None:
+    """The test tools must be there; into somebody's own ComfyUI nothing is installed."""
+    code = "import importlib.util, sys; print(' '.join(n for n in sys.argv[1:] if not importlib.util.find_spec(n)))"
+    missing = subprocess.run([environment.python, "-c", code, *NEEDED], capture_output=True, text=True).stdout.split()
+    if missing:
+        raise RunError(f"{environment.python} lacks {', '.join(missing)}. Install requirements-dev.txt into it "
+                       "(run.py changes nothing in the ComfyUI of COMFYUI_PATH), or unset COMFYUI_PATH.")
