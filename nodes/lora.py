@@ -37,7 +37,8 @@ class SanaVideoLoadLora(io.ComfyNode):
                 io.Combo.Input("lora", options=folder_paths.get_filename_list("loras"),
                                tooltip="The LoRA file, from models/loras. It must have been trained for this model."),
                 io.Float.Input("strength", default=1.0, min=-MAX_STRENGTH, max=MAX_STRENGTH, step=0.01,
-                               tooltip="How strongly the LoRA shows. 1 is as trained, 0 switches it off, below 0 turns it round."),
+                               tooltip="How strongly the LoRA shows. 1 is as trained, 0 switches it off, below 0 turns it "
+                                       "round."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA applied."),

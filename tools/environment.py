@@ -106,10 +106,10 @@ class SetUp:
         self.steps: list[tuple[str, object, Callable[[], None], str]] = [
             ("venv", 1, self.make_venv, "a virtual environment"),
             ("comfyui", [SDIST, SDIST_SHA256], self.unpack_comfyui, f"ComfyUI {COMFYUI_VERSION}"),
-            ("torch", [TORCH, VISION, AUDIO, SHIM], self.install_torch, f"{TORCH.replace('==', ' ')} for the CPU"),
+            ("torch", [TORCH, VISION, AUDIO], self.install_torch, f"{TORCH.replace('==', ' ')} for the CPU"),
             ("packages", [constraints, LEFT_OUT, SDIST_SHA256], self.install_packages, "ComfyUI's packages"),
             ("tools", [constraints, tools], self.install_tools, "test tools"),
-            ("check", [constraints, TORCH, SDIST_SHA256], self.check_boot, "a first start of ComfyUI"),
+            ("check", [constraints, TORCH, VISION, AUDIO, SHIM, SDIST_SHA256], self.check_boot, "a first start of ComfyUI"),
         ]
 
     def run(self) -> None:
@@ -176,16 +176,6 @@ class SetUp:
         index, suffix = (["--extra-index-url", CPU_INDEX], "+cpu") if cpu_index_reachable() else ([], "")
         self.pip("install", TORCH + suffix, *index, about=TORCH)
         self.pip("install", "--no-deps", VISION + suffix, AUDIO + suffix, *index, about=f"{VISION} {AUDIO}")
-        site = Path(self.ask("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
-        # torchaudio's release belongs to an older torch: without its compiled part it is plain Python and imports.
-        for compiled in (*(site / "torchaudio" / "lib").glob("*.so"), *(site / "torchaudio" / "lib").glob("*.pyd")):
-            compiled.unlink()
-        shim, hook = site / "torchvision_operators.py", site / "torchvision_operators.pth"
-        hook.unlink(missing_ok=True)
-        if self.ask("import torchvision; print(1)", required=False) != "1":  # a CUDA build beside a torch for the CPU
-            shim.write_text(SHIM, encoding="utf-8")
-            hook.write_text("import torchvision_operators\n", encoding="utf-8")
-        self.ask("import torch, torchvision, torchaudio")
 
     def install_packages(self) -> None:
         lines = (COMFYUI / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -197,7 +187,21 @@ class SetUp:
     def install_tools(self) -> None:
         self.pip("install", "-r", ROOT / "requirements-dev.txt", "-c", ROOT / "constraints.txt", about="test tools")
 
+    def fit_torch_companions(self) -> None:
+        """Make torchvision and torchaudio import where only builds for another torch are to be had; ComfyUI asks for both."""
+        site = Path(self.ask("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
+        # torchaudio's release belongs to an older torch: without its compiled part it is plain Python and imports.
+        for compiled in (*(site / "torchaudio" / "lib").glob("*.so"), *(site / "torchaudio" / "lib").glob("*.pyd")):
+            compiled.unlink()
+        shim, hook = site / "torchvision_operators.py", site / "torchvision_operators.pth"
+        hook.unlink(missing_ok=True)
+        if self.ask("import torchvision; print(1)", required=False) != "1":  # a CUDA build beside a torch for the CPU
+            shim.write_text(SHIM, encoding="utf-8")
+            hook.write_text("import torchvision_operators\n", encoding="utf-8")
+        self.ask("import torch, torchvision, torchaudio")
+
     def check_boot(self) -> None:
+        self.fit_torch_companions()
         base = RUNTIME / "check"
         base.mkdir(exist_ok=True)
         (base / "custom_nodes").mkdir(exist_ok=True)

@@ -79,8 +79,8 @@ _READ: tuple[tuple[str, str], ...] = (
     ("orbit", rf"(?:{_MOVE}|turn(?:s|ing)?|run(?:s|ning)?)\s+(?:a?round\s+)?(?:and (?:a?round)\s+)?"
               r"(?:in|along|on|around)\s+(?:an?\s+|the\s+)?(?:circles?|circular path|rings?|loops?)|"
               r"{not_coloured}\bcircl(?:es|ing)\b(?:\s+around)?|\borbit(?:s|ing)?\b"),
-    ("slide", rf"(?:{_MOVE}|bounc(?:es|ing|e))\s+(?:from\s+)?(?:left and right|left to right and back|side to side|right and left|"
-              r"back and forth|left and then right)"),
+    ("slide", rf"(?:{_MOVE}|bounc(?:es|ing|e))\s+(?:from\s+)?(?:left and right|left to right and back|side to side|"
+              r"right and left|back and forth|left and then right)"),
     ("bounce", rf"(?:bounc(?:es|ing|e)|jump(?:s|ing)?|hop(?:s|ping)?|bob(?:s|bing)?|{_MOVE})\s+(?:up and down|down and up|"
                r"up and then down)|\b(?:bounc(?:es|ing|e)|hop(?:s|ping)?|jump(?:s|ing)?|bob(?:s|bing)?)\b"),
     ("right", rf"{_MOVE}\s+(?:steadily\s+|slowly\s+)?(?:from left to right|(?:to|towards?)?\s*(?:the\s+)?right(?:wards?)?\b)"),
@@ -105,7 +105,8 @@ _OTHER = re.compile(r"\b(hexagon|pentagon|octagon|rectangle|cross|diamond|heart|
                     r"woman|tree|house)s?\b")
 
 
-_NO_GROUND = re.compile(rf"\b({_COLOUR}|orange|pink|brown|cyan)\s+(?:background|backdrop)|background\s+is\s+({_COLOUR}|orange|pink)\b")
+_NO_GROUND = re.compile(rf"\b({_COLOUR}|orange|pink|brown|cyan)\s+(?:background|backdrop)|"
+                        rf"background\s+is\s+({_COLOUR}|orange|pink)\b")
 
 
 def known_words() -> str:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoint import save_transformer
+from ..checkpoint import load_transformer, save_transformer
 from ..dit.model import SanaVideoTransformer, init_weights
 from ..mini.tokenizer import train_tokenizer
 from ..sampling.schedules import shifted
 from ..specs import get_spec
-from ..text.encode import TOKENIZER_KEY, Tokenizer
+from ..text.encode import TOKENIZER_KEY, Tokenizer, load_text_encoder
 from ..text.gemma import MINI_CONFIG, Gemma2
 from ..vae.loading import load_wan_vae
 from .common import Average, Clock, Optimiser, Processes, check_finite
@@ -45,7 +45,7 @@ def init_pair(pair: Pair, seed: int) -> None:
     torch.manual_seed(seed)
     init_weights(pair.network)
     nn.init.ones_(pair.network.attention_y_norm.weight)
-    for name, p in pair.text.named_parameters():
+    for p in pair.text.parameters():
         if p.ndim == 2:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
@@ -71,12 +71,13 @@ def save_pair(pair: Pair, folder: Path, tokenizer: bytes, name: str = "mini_tran
               metadata={"config": MINI_CONFIG.to_json(), "uses_instruction": "false"})
 
 
-def restore(pair: Pair, average: Average, path: Path | None, device) -> None:
-    """Continue from a checkpoint of this script (weights and their average)."""
-    if path is not None and path.exists():
-        saved = torch.load(path, weights_only=True, map_location=device)
-        pair.load_state_dict(saved["pair"])
-        average.module.load_state_dict(saved["average"])
+def restore(pair: Pair, average: Average, folder: Path | None, device) -> None:
+    """Continue from the two weight files in ``folder``, when one is named."""
+    if folder is not None:
+        network = load_transformer(folder / "mini_transformer.safetensors", dtype=torch.float32, device=device)
+        pair.network.load_state_dict(network.state_dict())
+        pair.text.load_state_dict(load_text_encoder(folder / "mini_text.safetensors", device=device).network.state_dict())
+        average.module.load_state_dict(pair.state_dict())
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -89,8 +90,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-taps", action="store_true", help="the library's depthwise convolution")
     parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two weight files and checkpoint.pt")
+    parser.add_argument("--resume", type=Path, help="folder with the two weight files to go on from")
+    parser.add_argument("--seed", type=int, default=7, help="of the clips")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two weight files")
     return parser.parse_args(argv)
 
 
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     device = processes.device
     tokenizer = train_tokenizer()
     vae = load_wan_vae(args.vae, device=device)
-    data = make_clips(vae, Tokenizer(tokenizer), args.clips, 7 + processes.rank, device)
+    data = make_clips(vae, Tokenizer(tokenizer), args.clips, args.seed + processes.rank, device)
     pair = Pair(device=device)
     init_pair(pair, 3)
     average = Average(pair, 0.9995)
@@ -116,7 +118,6 @@ def main(argv: list[str] | None = None) -> None:
         history = train(pair, average, optimiser, data, args, processes)
     if processes.first:
         save_pair(average.module, args.out, tokenizer)
-        torch.save({"pair": pair.state_dict(), "average": average.module.state_dict()}, args.out / "checkpoint.pt")
         (args.out / "clip_history.json").write_text(json.dumps(history))
     processes.close()
 

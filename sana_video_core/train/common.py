@@ -25,7 +25,6 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-            torch.backends.cudnn.benchmark = os.environ.get('BENCH','1')=='1'
         if self.count > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 

@@ -155,7 +155,8 @@ def finish(vae: WanVAE, device, path: Path) -> None:
     decoded = torch.cat([vae.decode_parallel(vae.encode_parallel(v)[0]) for v in video.split(16)]).clamp(-1, 1)
     mse = (decoded - video).square().mean((1, 2, 3, 4))
     print("vae channel std:", " ".join(f"{s:.2f}" for s in std.sort(descending=True).values.tolist()))
-    print(f"vae unseen psnr: mean {float(10 * torch.log10(4 / mse.mean())):.2f} worst {float(10 * torch.log10(4 / mse.max())):.2f}")
+    mean, worst = (float(10 * torch.log10(4 / error)) for error in (mse.mean(), mse.max()))
+    print(f"vae unseen psnr: mean {mean:.2f} worst {worst:.2f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().cpu().contiguous() for k, v in vae.state_dict().items()}, path)
 

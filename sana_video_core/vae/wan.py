@@ -210,7 +210,8 @@ class Upsample(nn.Module):
 
 def _run(layers, x: Tensor, cache: WanCache | None) -> Tensor:
     for layer in layers:
-        x = layer(x, cache) if isinstance(layer, (CausalConv3d, ResidualBlock, FrameAttention, Downsample, Upsample)) else layer(x)
+        cached = isinstance(layer, (CausalConv3d, ResidualBlock, FrameAttention, Downsample, Upsample))
+        x = layer(x, cache) if cached else layer(x)
     return x
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -502,11 +500,3 @@ def test_decode_of_a_clip_also_gives_a_video(world):
                         n6=node("SaveVideo", video=("5", 1), filename_prefix="clipvideo", format="mp4", codec="h264")))
     assert outcome.ok, outcome.error
     assert outcome.output("5", 1).get_frame_count() == 17 and float(outcome.output("5", 1).get_frame_rate()) == 24
-
-
-def test_surface_is_json(world):
-    import nodes
-
-    for name in ("SanaVideoBlockSampler", "SanaVideoKVStateCarry", "SanaVideoStateSave", "SanaVideoStateLoad",
-                 "SanaVideoPromptSchedule", "SanaVideoPrefillState"):
-        assert json.dumps(nodes.NODE_CLASS_MAPPINGS[name].INPUT_TYPES(), default=str)
