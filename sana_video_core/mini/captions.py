@@ -98,7 +98,7 @@ _SYNONYMS = ((r"\bviolet\b", "purple"), (r"\bgr[ae]y\b", "grey"), (r"\bdark blue
              (r"\bnavy blue\b", "navy"), (r"\b(?:disc|disk|ball|dot)\b", "circle"), (r"\bbox\b", "square"))
 _THING = re.compile(rf"\b(?:({_COLOUR})(?:,?\s+(?:and\s+)?(?:~+|\w+(?=\s+~)|big|small|large|little|flat))*\s+)?({_SHAPE})(s?)\b")
 _GROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)})\s+(?:background|backdrop|ground)|"
-                     rf"background\s+(?:is|of|:)?\s*({'|'.join(BACKGROUNDS)})\b|\bon\s+({'|'.join(BACKGROUNDS)})\b")
+                     rf"background(?:\s+(?:is|of))?\s*:?\s+({'|'.join(BACKGROUNDS)})\b|\bon\s+({'|'.join(BACKGROUNDS)})\b")
 _FOREIGN = re.compile(r"\b(orange|pink|brown|black|grey|navy|cyan|teal|turquoise|magenta|gold|golden|silver|lime|violet)\s+"
                       rf"({_SHAPE})\b")
 _OTHER = re.compile(r"\b(hexagon|pentagon|octagon|rectangle|cross|diamond|heart|oval|ellipse|cube|cat|dog|fox|car|person|man|"

@@ -95,11 +95,12 @@ def _draw(scenes: Sequence[Scene], frames: int, size: tuple[int, int], start: in
         left, top = torch.floor(x) - square // 2, torch.floor(y) - square // 2
         step = torch.arange(square, device=device)
         columns, lines = left[..., None] + step, top[..., None] + step  # [N, F, square]
-        dx = (columns + 0.5 - x[..., None]).float()[:, :, None, :]
-        dy = (lines + 0.5 - y[..., None]).float()[:, :, :, None]
-        form = torch.tensor([SHAPES[a.shape][:3] for a in things], dtype=torch.float32, device=device)[:, :, None, None, None]
-        alpha = coverage(dx, dy, (where[..., 2] * scale).float()[..., None, None],
-                         where[..., 3].float()[..., None, None], *form.unbind(1)).flatten(2)[..., None]
+        # In float64: a vector unit rounds the last bits by a value's place in the batch, which must not reach a pixel.
+        dx = (columns + 0.5 - x[..., None])[:, :, None, :]
+        dy = (lines + 0.5 - y[..., None])[:, :, :, None]
+        form = torch.tensor([SHAPES[a.shape][:3] for a in things], dtype=torch.float64, device=device)[:, :, None, None, None]
+        alpha = coverage(dx, dy, (where[..., 2] * scale)[..., None, None],
+                         where[..., 3][..., None, None], *form.unbind(1)).float().flatten(2)[..., None]
         at = ((lines.long() + pad).clamp(0, height + 2 * pad - 1)[..., :, None] * width
               + torch.remainder(columns, width).long()[..., None, :]).flatten(2)[..., None].expand(-1, -1, -1, 3)
         index = torch.tensor(rows, device=device)
