@@ -63,7 +63,8 @@ def coverage(dx: Tensor, dy: Tensor, size: Tensor, angle: Tensor, corners: Tenso
 @torch.no_grad()
 def render(scenes: Sequence[Scene], frames: int = 81, size: tuple[int, int] = (WIDTH, HEIGHT), start: int = 0,
            device: torch.device | str = "cpu") -> Tensor:
-    """Film of each scene: uint8 ``[B, frames, height, width, 3]`` on ``device``, the same for the same scene always.
+    """Film of each scene: uint8 ``[B, frames, height, width, 3]`` on ``device``, the same for the same scene always
+    (what is drawn along with it, and the device, may change a value at an edge by one).
 
     ``size`` is (width, height); another size than 160x96 shows the same scene larger or smaller.
     """

@@ -170,7 +170,7 @@ def i2v_480p() -> tuple[Column, ...]:
 
 
 def mini_t2v() -> tuple[Column, ...]:
-    text = "A yellow star spins above a red circle slides left and right, on a navy background."
+    text = "A red circle bounces up and down on a black background."
     return (Column("1 · Models", (note(MINI_NOTE, (380, 300)), loader(EMBEDDED),)),
             Column("2 · Prompt and size", (prompt(text, 10, negative="", height=360), canvas(160, 96))),
             Column("3 · Sample", (ksampler(7, 20, 3.0, "euler"),)),
