@@ -173,7 +173,7 @@ def mini_t2v() -> tuple[Column, ...]:
     text = "A red circle bounces up and down on a black background."
     return (Column("1 · Models", (note(MINI_NOTE, (380, 300)), loader(EMBEDDED),)),
             Column("2 · Prompt and size", (prompt(text, 10, negative="", height=360), canvas(160, 96))),
-            Column("3 · Sample", (ksampler(7, 20, 3.0, "euler"),)),
+            Column("3 · Sample", (ksampler(3, 20, 3.0, "euler"),)),
             Column("4 · Video", video("video/sana_video_mini")))
 
 
