@@ -30,7 +30,7 @@ def server(tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not the session: Playwright's event loop would run on under every later test
 def chromium(tmp_path_factory):
     with sync_playwright() as play:
         context = play.chromium.launch_persistent_context(
@@ -39,7 +39,7 @@ def chromium(tmp_path_factory):
         context.close()
 
 
-@pytest.fixture(scope="session", params=RENDERERS)
+@pytest.fixture(scope="module", params=RENDERERS)
 def opened(request, server, chromium):
     """A ComfyUI page in each of the two renderers; loading a page takes longer than most tests."""
     page = chromium.new_page()

@@ -23,6 +23,7 @@ class Literal:
     def __init__(self, spec: ModelSpec, w: dict, dtype: torch.dtype = torch.float64):
         self.s, self.dtype = spec, dtype
         self.w = {k: v.to(dtype) for k, v in w.items() if v.is_floating_point()}
+        self.smallest = float("inf")  # denominator met by a query that is not all zero
 
     def lin(self, x, name):
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
@@ -48,7 +49,9 @@ class Literal:
         pairs = (torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
         rq, rk = (torch.view_as_real(x * turn).flatten(-2).to(self.dtype) for x in pairs)
         weights = (rq @ rk.transpose(-1, -2)) * seen
-        out = weights @ v / (((q @ k.transpose(-1, -2)) * seen).sum(-1, keepdim=True) + 1e-8)
+        sums = ((q @ k.transpose(-1, -2)) * seen).sum(-1, keepdim=True)
+        self.smallest = min([self.smallest, *sums[q.amax(-1, keepdim=True) > 0].tolist()])
+        out = weights @ v / (sums + 1e-8)
         return self.lin(out.transpose(1, 2).reshape(b, n, width), p + "attn.proj")
 
     def cross(self, x, text, mask, p):

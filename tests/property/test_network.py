@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from literal import Literal
 
 from longvideo import CASES
 from sana_video_core.checkpoint import convert
 from sana_video_core.dit import SanaVideoTransformer
+from sana_video_core.ops.reference import linear_attention
 from sana_video_core.specs import WAN21, ModelSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -53,6 +54,15 @@ def distance(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
+def in_domain(literal):
+    """Leave out a network whose denominator (un-rotated features) nearly vanishes while its numerator (rotated) does not.
+
+    The published formula then divides rounding by up to 1e-8, so float32 has no correct digits there whoever computes it.
+    That is 8 to 9 % of these tiny networks (3,000 drawn); ``test_a_vanishing_denominator`` covers the point itself.
+    """
+    assume(literal.smallest > 0.1)
+
+
 ROUNDS = settings(max_examples=max(10, CASES // 2), deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -64,9 +74,11 @@ def test_bidirectional_pass_equals_the_literal_formulas(case):
     latent, caption, mask = inputs(spec, blocks, size, batch, generator)
     times = 1000 * torch.rand(batch, sum(blocks), generator=generator)
     expected = literal(latent, times, caption, mask, [sum(blocks)])
+    in_domain(literal)
     assert distance(model(latent, times, caption, mask), expected) < 1e-5
     one = times[:, :1]
     expected = literal(latent, one.expand_as(times), caption, mask, [sum(blocks)])
+    in_domain(literal)
     assert distance(model(latent, one[:, 0], caption, mask), expected) < 1e-5
 
 
@@ -80,6 +92,7 @@ def test_blocks_with_a_state_equal_the_literal_mask(case):
     times = torch.zeros(batch, sum(blocks))
     times[:, -blocks[-1]:] = 1000 * torch.rand(batch, 1, generator=generator)
     expected = literal(latent, times, caption, mask, blocks)
+    in_domain(literal)
     state, start, found = None, 0, []
     for n in blocks[:-1]:
         v, state = model.commit(latent[:, :, start:start + n], caption, mask, state=state)
@@ -105,3 +118,17 @@ def test_every_partition_leaves_the_same_sums_up_to_its_mask(case, data):
     assert (state.position, state.blocks) == (sum(blocks), len(blocks))
     first, same = state.layers[0], whole.layers[0]  # in the first layer nothing depends on the partition yet
     assert distance(first.vk, same.vk.double()) < 1e-5 and distance(first.ksum, same.ksum.double()) < 1e-5
+
+
+def test_a_vanishing_denominator():
+    """Keys and query without a common channel: the sum is exactly 0, the rotated product is not, and eps alone divides."""
+    qkv = torch.zeros(1, 2, 12)  # two tokens, one head of 4: q | k | v
+    qkv[0, 1, 0] = qkv[0, 0, 5] = qkv[0, 1, 5] = 1.0
+    qkv[0, 0, 8] = 0.5  # the value of the first token
+    angle = torch.tensor([[0.0, 0.0], [0.7, 0.0]])
+    out, own = linear_attention(qkv, torch.ones(4), torch.ones(4), angle.cos(), angle.sin(), 1)
+    q = k = 1 / (0.25 + 1e-5) ** 0.5  # RMS norm of a unit vector of length 4
+    expected = 0.5 * q * k * torch.tensor(0.7).sin() / 1e-8
+    assert float(own.ksum[0, 0, 0, 0]) == 0.0
+    assert torch.isfinite(out).all()
+    assert float(out[0, 1, 0]) == pytest.approx(float(expected), rel=1e-5)
