@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import SanaVideoError
 from ..specs import ModelSpec
 from ..state import LayerState, RecurrentState, check_fits, layers_on
@@ -92,7 +93,14 @@ class SanaVideoTransformer(nn.Module):
                 self.spec.name, grid[1:], latent.shape[0], "parity" if self.parity else "quality", window, keep_undo)
         return state.advance(tuple(layers), grid[0], latent)
 
-    def _run(
+    def _run(self, *args, **kwargs) -> Tensor | None:
+        """:meth:`_pass`; in parity mode with the reference operators alone, because a fused one rounds less often."""
+        if not self.parity:
+            return self._pass(*args, **kwargs)
+        with ops.force("reference"):
+            return self._pass(*args, **kwargs)
+
+    def _pass(
         self, latent, timestep, caption, caption_mask, state, on_block, layers: list[LayerState] | None,
         state_only: bool = False,
     ) -> Tensor | None:

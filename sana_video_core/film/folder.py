@@ -67,7 +67,7 @@ class Film:
             self._lock = None
             raise StateError("The run folder is in use by another run", found=str(self.folder),
                              action="Wait until that run ends, or choose another run folder") from error
-        except (OSError, NotImplementedError) as error:
+        except (OSError, NotImplementedError) as error:  # the latter: filelock on a file system without locks
             self._lock = None
             raise disk_error(error if isinstance(error, OSError) else OSError(str(error)), self.folder / LOCK) from error
         remove_orphans(self.folder)

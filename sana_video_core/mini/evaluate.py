@@ -101,7 +101,6 @@ def table(verdicts: Sequence[Verdict]) -> str:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.py judge", description="Prompt adherence of the embedded model.")
     parser.add_argument("--clips", type=int, default=50, help="number of clips (default 50)")
-    parser.add_argument("--film", type=int, metavar="BLOCKS", help="judge a film of that many blocks instead")
     parser.add_argument("--untrained", action="store_true", help="random weights in the transformer, for comparison")
     parser.add_argument("--world", action="store_true", help="pictures of the renderer instead: the judge's own accuracy")
     parser.add_argument("--gallery", action="store_true", help="the 16 example prompts instead of drawn ones")
@@ -113,7 +112,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="clips at once (default 50 on a GPU, 4 without)")
     parser.add_argument("--device", help="default: cuda where there is one")
     options = parser.parse_args(argv)
-    for name in ("clips", "film", "batch", "steps"):
+    for name in ("clips", "batch", "steps"):
         value = getattr(options, name)
         if value is not None and not 1 <= value <= 100_000:
             raise SanaVideoError(f"--{name} must lie from 1 to 100,000", found=value)
@@ -124,20 +123,10 @@ def main(argv: Sequence[str] = ()) -> int:
     """The command; returns the exit status. The last line printed is ``adherence: X``."""
     try:
         options = _arguments(argv)
-        if options.film:
-            return _film(options)
         return _clips(options)
     except SanaVideoError as e:
         print(f"judge: {e}", file=sys.stderr)
         return 2
-
-
-def _film(options: argparse.Namespace) -> int:
-    try:
-        from .evaluate_film import main as film
-    except ModuleNotFoundError as e:
-        raise SanaVideoError("This copy of the pack cannot judge films", found=str(e), action="Leave out --film") from None
-    return film(options)
 
 
 def _clips(options: argparse.Namespace) -> int:

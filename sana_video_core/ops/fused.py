@@ -16,8 +16,8 @@ from .reference import ATTENTION_EPS, Contribution
 from .registry import Constraint
 
 SPLIT_TOKENS = 1024  # tokens a program sums; by shape alone, so that a sum does not depend on the card
-# Launch settings, by measurement (bench/probe.py). state: rows, warps, stages; apply: rows, tiles, warps, stages;
-# depthwise: rows, columns, channels, warps.
+# Launch settings, first guesses that no card has timed yet (bench/probe.py does).
+# state: rows, warps, stages; apply: rows, tiles, warps, stages; depthwise: rows, columns, channels, warps.
 TUNING = {"state": (64, 8, 2), "apply": (64, 4, 8, 2), "depthwise": (2, 64, 32, 8)}
 
 

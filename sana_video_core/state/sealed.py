@@ -90,14 +90,19 @@ def _damaged(kind: str, path: Path, found: str) -> StateError:
                       action="Use an undamaged copy, or make it again")
 
 
-def _read(file, path: Path, kind: str, cap: int, check, skip) -> tuple[dict, dict[str, Tensor]]:
+def _read_header(file, path: Path, kind: str) -> tuple[int, int, bytes]:
+    """(bytes of the file, bytes of the header, header); the length is checked before anything is read."""
     size = file.seek(0, 2)
     file.seek(0)
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= min(MAX_HEADER, size - 8):
         raise _damaged(kind, path, f"{size} bytes, header of {length}")
-    header = file.read(length)
+    return size, length, file.read(length)
+
+
+def _read(file, path: Path, kind: str, cap: int, check, skip) -> tuple[dict, dict[str, Tensor]]:
+    size, length, header = _read_header(file, path, kind)
     seals = _DIGEST.findall(header)
     if len(seals) != 1:
         raise StateError(f"The file {path.name} is no {kind} of this pack", found="no checksum", action="Choose another file")
@@ -109,7 +114,7 @@ def _read(file, path: Path, kind: str, cap: int, check, skip) -> tuple[dict, dic
         raise StateError(f"The {kind} {path.name} is too large", found=f"{size} bytes", expected=f"at most {cap}")
     digest = hasher(algorithm)
     place = _DIGEST.search(header).start(2)
-    digest.update(start + header[:place] + b"0" * 64 + header[place + 64:])
+    digest.update(struct.pack("<Q", length) + header[:place] + b"0" * 64 + header[place + 64:])
     refusal = None
     if check is not None:
         try:
@@ -178,13 +183,8 @@ def read_record(path: str | Path, kind: str) -> dict:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise _damaged(kind, path, f"{size} bytes, header of {length}")
-            record, table = _parse(file.read(length), path, kind)
+            size, length, header = _read_header(file, path, kind)
+            record, table = _parse(header, path, kind)
     except OSError as error:
         raise disk_error(error, path, "read") from error
     if sum(math.prod(shape) * dtype.itemsize for dtype, shape in table.values()) != size - 8 - length:

@@ -1,7 +1,7 @@
 """Train the embedded clip model: Gemma-2-class text encoder and Linear DiT together, flow matching on VAE latents.
 
 Objective (model spec 4): x_t = (1 - s) x0 + s n, the network sees the whole number in 1000 s and predicts n - x0; s is a
-shifted logit-normal draw; 10 % of the captions are dropped for guidance. Not covered: causal training (``causal.py``).
+shifted logit-normal draw; 10 % of the captions are dropped for guidance. Not covered: causal training.
 """
 
 from __future__ import annotations
@@ -88,7 +88,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--adamw", action="store_true", help="AdamW for everything")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--no-taps", action="store_true", help="the library's depthwise convolution")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder with the two weight files to go on from")
     parser.add_argument("--seed", type=int, default=7, help="of the clips")
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         for block in pair.network.blocks:
             block.compile()
     torch.manual_seed(100 + processes.rank)
-    with training_operators(nine=not args.no_taps):
+    with training_operators():
         history = train(pair, average, optimiser, data, args, processes)
     if processes.first:
         save_pair(average.module, args.out, tokenizer)

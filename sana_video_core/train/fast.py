@@ -1,8 +1,7 @@
-"""Forms of two operators that train faster than the reference, swapped in for the length of a training run.
+"""The operators as training needs them, for the length of a run: the plain references, with the attention outside autocast.
 
-The depthwise convolution is written as nine shifted products, which a compiler fuses forwards and backwards (a library's
-depthwise backward pass is several times slower than memory allows). The attention runs outside autocast, so that its sums
-stay in float32. Not covered: inference.
+Backends without a gradient are put aside, and the attention's sums stay in float32. (The depthwise convolution as nine
+shifted products was tried too and not used: see the CHANGELOG.) Not covered: inference.
 """
 
 from __future__ import annotations
@@ -11,24 +10,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from ..ops import reference
-
-
-def nine_taps(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False) -> Tensor:
-    """As ``reference.gated_depthwise``."""
-    height, width = grid
-    frames = F.pad(F.silu(x).reshape(-1, height, width, x.shape[-1]), (0, 0, 1, 1, 1, 1))
-    kernel = weight.flatten(1).to(frames.dtype)
-    y = 0 if bias is None else bias.to(frames.dtype)
-    for row in range(3):
-        for column in range(3):
-            y = y + frames[:, row:row + height, column:column + width] * kernel[:, 3 * row + column]
-    a, g = y.view(x.shape).chunk(2, -1)
-    return a * F.silu(g)
 
 
 def full_precision_attention(qkv: Tensor, *args, **kwargs):
@@ -38,16 +23,16 @@ def full_precision_attention(qkv: Tensor, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def training_operators(nine: bool = True) -> Iterator[None]:
+def training_operators() -> Iterator[None]:
     """Within the block the network uses the forms above."""
-    wanted = {"linear_attention": full_precision_attention}
-    if nine:
-        wanted["gated_depthwise"] = nine_taps
-    before = {name: (op.reference, op.backends) for name, op in ops.OPERATORS.items()}
-    for name, op in ops.OPERATORS.items():
-        op.reference, op.backends = wanted.get(name, op.reference), {}
+    attention = ops.OPERATORS["linear_attention"]
+    before = {name: op.backends for name, op in ops.OPERATORS.items()}
+    for op in ops.OPERATORS.values():
+        op.backends = {}
+    attention.reference = full_precision_attention
     try:
         yield
     finally:
-        for name, (function, backends) in before.items():
-            ops.OPERATORS[name].reference, ops.OPERATORS[name].backends = function, backends
+        attention.reference = reference.linear_attention
+        for name, backends in before.items():
+            ops.OPERATORS[name].backends = backends

@@ -1,8 +1,9 @@
 """Train the embedded Wan-class VAE on rendered clips; its latents come out normalised like the public Wan 2.1's.
 
-Loss: L1 with the things weighted against the plain background, a small KL term, and a little noise on the latent, which
-makes the decoder forgiving. Afterwards the latent statistics are folded into the two 1x1x1 convolutions, so that ComfyUI's
-``Wan21`` latent format (fixed mean and std) fits exactly. Not covered: perceptual or adversarial losses.
+Loss: absolute and squared error and a small KL term, first on crops around the things, then on whole frames; pieces of
+:data:`FRAMES` frames, which is too short: the decoder drifts where a clip goes on (see the CHANGELOG). Afterwards the
+latent statistics are folded into the two 1x1x1 convolutions, so that ComfyUI's ``Wan21`` latent format (fixed mean and
+std) fits exactly. Not covered: perceptual or adversarial losses.
 """
 
 from __future__ import annotations

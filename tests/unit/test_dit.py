@@ -16,6 +16,7 @@ from sana_video_core import SPECS
 from sana_video_core.dit import SanaVideoTransformer, layers
 from sana_video_core.dit.embeddings import axis_split, patchify, rope_table, time_sinusoid, unpatchify
 from sana_video_core.errors import SanaVideoError, StateError
+from sana_video_core.ops import OPERATORS, Constraint
 from sana_video_core.ops import reference as ops
 
 HEADS, DIM = 2, 12
@@ -392,3 +393,26 @@ def test_the_second_generation_is_refused_by_name():
 def test_impossible_sizes_are_refused(changes):
     with pytest.raises(SanaVideoError, match="multiple|even"):
         replace(tiny_spec(), **changes)
+
+
+def test_parity_mode_runs_the_reference_operators_alone():
+    """A backend that could run here is used in quality mode and left alone in parity mode."""
+    calls = []
+    operator = OPERATORS["gated_residual"]
+    before = dict(operator.backends)
+
+    def counted(*args):
+        calls.append(1)
+        return operator.reference(*args)
+
+    operator.backends.clear()
+    operator.add("counted", counted, Constraint())
+    try:
+        for parity, expected in ((False, True), (True, False)):
+            calls.clear()
+            model = SanaVideoTransformer(tiny_spec(), parity=parity).requires_grad_(False)
+            model(latent(2), TIMES, *caption(0))
+            assert bool(calls) is expected
+    finally:
+        operator.backends.clear()
+        operator.backends.update(before)

@@ -129,11 +129,9 @@ def test_shapes_have_their_area_and_stand_upright(shape, area):
 def test_any_part_of_a_film_and_any_batch_give_the_same_frames():
     drawn = scenes(12, 3)
     film = render(drawn, 60)
-    assert torch.equal(film, render(drawn, 60))
-    for whole, part in ((film[:, 25:45], render(drawn, 20, start=25)), (film, torch.cat([render([s], 60) for s in drawn])),
-                        (render(drawn[:2], 3, start=1_000_000), render(drawn[:2], 5, start=999_998)[:, 2:])):
-        apart = (whole.int() - part.int()).abs()
-        assert apart.max() <= 1 and apart.float().mean() < 1e-4, "at most a rounding at an edge"
+    assert torch.equal(film[:, 25:45], render(drawn, 20, start=25))
+    assert torch.equal(film, torch.cat([render([s], 60) for s in drawn]))
+    assert torch.equal(render(drawn[:2], 3, start=1_000_000), render(drawn[:2], 5, start=999_998)[:, 2:])
 
 
 def test_what_leaves_on_one_side_enters_on_the_other():
