@@ -24,12 +24,14 @@ from sana_video_core.text.gemma import GemmaConfig
 from sana_video_core.vae.wan import WanVAE
 
 from . import dit, weights
+from .cli import ROOT
 
 SEED = 11
+VOCABULARY = 1200  # pieces of the tokenizer
+WORKFLOW = ROOT / "workflows" / "t2v_480p.json"
 PTH, SAFETENSORS, DIFFUSERS = "SANA_Video_2B_480p.pth", "sana_video_2b_480p_bf16.safetensors", "sana_video_2b_480p_diffusers"
 TEXT, VAE = "gemma_2_2b_it_elm_bf16.safetensors", "wan_2.1_vae.safetensors"
-WORDS = ("a red ball bounces on green grass while the blue square turns slowly in the sun motion score user prompt "
-         "given generate an enhanced detailed visual description 0 1 2 3 4 5 6 7 8 9 . , : \" -")
+WORDS = "motion score user prompt given generate an enhanced detailed visual description 0 1 2 3 4 5 6 7 8 9 . , : \" -"
 
 
 def device() -> str:
@@ -68,14 +70,20 @@ def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     return out
 
 
+def words() -> list[str]:
+    """The words of the timed workflow's prompts: a tokenizer that spelt them letter by letter would find them too long."""
+    nodes = json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]
+    texts = [value for node in nodes for value in node.get("widgets_values") or () if isinstance(value, str) and " " in value]
+    return " ".join([WORDS, *texts]).split()
+
+
 def tokenizer() -> bytes:
     """A SentencePiece model of a few words with Gemma's special ids."""
     import sentencepiece
 
-    words, model = WORDS.split(), io.BytesIO()
-    lines = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    lines, model = words(), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=160, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=VOCABULARY, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
         model_type="bpe", character_coverage=1.0, minloglevel=2, hard_vocab_limit=False)
     return model.getvalue()
 
@@ -100,7 +108,7 @@ def write_all(base: Path, tiny: bool) -> dict[str, float]:
     """Write every file; {name: seconds}. The writers run side by side, the device makes the values."""
     spec = dit.workload(tiny).spec
     config = GemmaConfig() if not tiny else replace(
-        GemmaConfig(), vocab_size=256, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+        GemmaConfig(), vocab_size=VOCABULARY, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1)
     for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
         (base / "models" / kind).mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ _V2_5B = ModelSpec(
 _MINI = ModelSpec(
     name="sana-video-mini", depth=10, width=128, linear_head_dim=32, cross_heads=4, ffn_hidden=384,
     channels=16, patch=(1, 2, 2), caption_channels=128, vae=WAN21, size=(160, 96), frames=81,
-    flow_shift=3.0, cfg=3.0, steps=20,
+    flow_shift=6.0, cfg=3.0, steps=20,
 )
 _MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, cfg=1.0, steps=4)
 

@@ -138,7 +138,7 @@ class Gemma2(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """mask 1 = valid; padding on the right. Rows at padded positions are defined but mean nothing."""
         x = self.model.embed_tokens(ids)
-        x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype, device=x.device)
+        x = x * x.new_full((), self.config.hidden_size ** 0.5)
         length = ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         allowed = causal & mask.bool()[:, None, None, :]

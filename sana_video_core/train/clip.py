@@ -1,7 +1,7 @@
 """Train the embedded clip model: Gemma-2-class text encoder and Linear DiT together, flow matching on VAE latents.
 
 Objective (model spec 4): x_t = (1 - s) x0 + s n, the network sees the whole number in 1000 s and predicts n - x0; s is a
-shifted logit-normal draw; 10 % of the captions are dropped for guidance. Not covered: causal training.
+logit-normal draw, shifted; 10 % of the captions are dropped for guidance. Not covered: causal training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..specs import get_spec
 from ..text.encode import TOKENIZER_KEY, Tokenizer, load_text_encoder
 from ..text.gemma import MINI_CONFIG, Gemma2
 from ..vae.loading import load_wan_vae
-from .common import Average, Clock, Optimiser, Processes, check_finite
+from .common import Average, Clock, Graphed, Optimiser, Processes, check_finite
 from .data import make_clips
 from .fast import training_operators
 
@@ -50,10 +50,10 @@ def init_pair(pair: Pair, seed: int) -> None:
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
 
-def flow_loss(pair: nn.Module, latent: Tensor, ids: Tensor, mask: Tensor, shift: float) -> Tensor:
-    """Mean squared error of the velocity at random times."""
+def flow_loss(pair: nn.Module, latent: Tensor, ids: Tensor, mask: Tensor, shifts: Tensor) -> Tensor:
+    """Mean squared error of the velocity at random times; each clip's draw is shifted by one of ``shifts [n]``."""
     u = torch.sigmoid(torch.randn(len(latent), device=latent.device))
-    sigma = shifted(u, shift)
+    sigma = shifted(u, shifts[torch.randint(len(shifts), u.shape, device=u.device)])
     noise = torch.randn_like(latent)
     level = sigma.view(-1, 1, 1, 1, 1)
     with torch.autocast(latent.device.type, torch.bfloat16, enabled=latent.is_cuda):
@@ -86,6 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=12000, help="clips on each GPU")
     parser.add_argument("--batch", type=int, default=64, help="clips a step on each GPU")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--shifts", type=float, nargs="+", default=[3.0, 10.0],
+                        help="shifts of the noise times; where a thing is and what it does is settled near pure noise")
     parser.add_argument("--adamw", action="store_true", help="AdamW for everything")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--vae", type=Path, required=True)
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     restore(pair, average, args.resume, device)
     processes.say(f"clip: {sum(p.numel() for p in pair.parameters())} weights, latents {tuple(data.latents.shape)} "
                   f"std {float(data.latents[:256].float().std()):.3f}")
-    optimiser = Optimiser([pair], args.lr, muon=not args.adamw)
+    optimiser = Optimiser([pair], args.lr, muon=not args.adamw, keep_grads=True)
     if not args.no_compile:
         for block in pair.network.blocks:
             block.compile()
@@ -123,18 +125,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(pair, average, optimiser, data, args, processes) -> list[tuple[int, float, float]]:
     """The loop; returns (step, progress, smoothed loss) rows."""
-    shift = pair.network.spec.flow_shift
     history, smooth = [], None
-    for _ in range(2):  # compile before the clock starts
-        flow_loss(pair, *data.batch(args.batch, 0.1), shift).backward()
-        pair.zero_grad(set_to_none=True)
+    shifts = torch.tensor(args.shifts, device=processes.device)
+    loss_and_gradients = Graphed(lambda latent, ids, mask: flow_loss(pair, latent, ids, mask, shifts),
+                                 data.batch(args.batch, 0.1), optimiser.parameters)
     clock = Clock(processes, args.seconds)
     while (progress := clock.tick()) < 1:
-        loss = flow_loss(pair, *data.batch(args.batch, 0.1), shift)
-        loss.backward()
+        loss = loss_and_gradients(*data.batch(args.batch, 0.1))
         optimiser.step(clock.factor(progress), processes)
         average.update(pair, clock.step)
-        smooth = loss.detach() if smooth is None else torch.lerp(smooth, loss.detach(), 0.02)
+        smooth = loss if smooth is None else torch.lerp(smooth, loss, 0.02)
         if clock.step % 100 == 1:
             value = check_finite(smooth, clock.step)
             history.append((clock.step, round(progress, 4), round(value, 5)))

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -70,14 +70,19 @@ class Processes:
 class Clock:
     """Progress 0..1 of a run of so many seconds, and the learning rate that belongs to it (warm-up, then half a cosine)."""
 
+    EVERY = 8
+
     def __init__(self, processes: Processes, seconds: float, warmup: float = 0.02, floor: float = 0.01):
         self.processes, self.seconds, self.warmup, self.floor = processes, seconds, warmup, floor
         self.start, self.step = time.time(), 0
 
     def tick(self) -> float:
-        """Progress so far, the same in every process; 1 or more means stop."""
+        """Progress so far, the same in every process; 1 or more means stop. Looks at the clock at every EVERYth step only:
+        agreeing makes the processor wait for the GPU."""
+        if self.step % self.EVERY == 0:
+            self.progress = self.processes.agree((time.time() - self.start) / self.seconds)
         self.step += 1
-        return self.processes.agree((time.time() - self.start) / self.seconds)
+        return self.progress
 
     def factor(self, progress: float) -> float:
         if progress < self.warmup:
@@ -86,10 +91,55 @@ class Clock:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * x))
 
 
+class Graphed:
+    """A loss and its gradients as one CUDA graph: a network this small is otherwise held up by launching its kernels.
+
+    ``work(*tensors)`` gives the loss; it must not wait for the GPU nor bring numbers to it. Random numbers go on as usual.
+    Afterwards ``graphed(*tensors)`` with tensors of the same shapes fills ``.grad`` of every parameter anew and returns the
+    loss. Give :class:`Optimiser` ``keep_grads``. On a CPU the work simply runs.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, work: Callable[..., Tensor], tensors: Iterable[Tensor], parameters: Iterable[nn.Parameter]):
+        self.work, self.parameters = work, list(parameters)
+        self.inputs = [t.clone() for t in tensors]
+        self.graph = torch.cuda.CUDAGraph() if self.inputs[0].is_cuda else None
+        if self.graph is None:
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.WARM_UP):
+                self._forget()
+                self.work(*self.inputs).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        self._forget()
+        # Only this thread's calls can break the recording: the watchdog of the other processes' link has its own.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.loss = self.work(*self.inputs)
+            self.loss.backward()
+
+    def _forget(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        if self.graph is None:
+            self._forget()
+            loss = self.work(*tensors)
+            loss.backward()
+            return loss.detach()
+        torch._foreach_copy_(self.inputs, list(tensors))
+        self.graph.replay()
+        return self.loss.detach().clone()
+
+
 class Optimiser:
     """Muon for the hidden matrices and kernels, AdamW for everything else; plain AdamW when ``muon`` is off."""
 
-    def __init__(self, modules: Iterable[nn.Module], lr: float, muon: bool = True, weight_decay: float = 0.0):
+    def __init__(self, modules: Iterable[nn.Module], lr: float, muon: bool = True, weight_decay: float = 0.0,
+                 keep_grads: bool = False):
         matrices, rest = [], []
         for module in modules:
             for name, p in module.named_parameters():
@@ -100,7 +150,7 @@ class Optimiser:
                                         fused=bool(rest) and rest[0].is_cuda)]
         if matrices:
             self.parts.append(Muon(matrices, lr, weight_decay=weight_decay))
-        self.lr, self.parameters = lr, matrices + rest
+        self.lr, self.parameters, self.keep_grads = lr, matrices + rest, keep_grads
 
     def step(self, factor: float, processes: Processes, clip: float = 1.0) -> float:
         """Average the gradients, clip their norm, step with ``lr * factor``; returns the norm before clipping."""
@@ -110,7 +160,8 @@ class Optimiser:
             for group in part.param_groups:
                 group["lr"] = self.lr * factor
             part.step()
-            part.zero_grad(set_to_none=True)
+            if not self.keep_grads:
+                part.zero_grad(set_to_none=True)
         return norm
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..mini.captions import caption
 from ..mini.render import render
-from ..mini.world import random_scene
+from ..mini.world import Scene, random_scene
 from ..text.encode import Tokenizer, pad_rows
 from ..text.prompts import motion_suffix
 from ..vae.wan import WanVAE, normalize
@@ -18,6 +18,7 @@ from .vae import to_unit
 
 TOKENS = 48  # of every caption row; at inference rows are padded to 300 and masked, which is the same
 CAPTIONS = 4  # wordings a clip
+CROSSING = 0.3  # share of scenes that are drawn until something crosses the picture
 
 
 @dataclass
@@ -38,6 +39,15 @@ class ClipSet:
         return self.latents[pick].float(), ids, mask
 
 
+def training_scene(rng: random.Random) -> Scene:
+    """A scene of the training world; things that cross the picture, the hardest ones, come more often."""
+    scene = random_scene(rng)
+    if rng.random() < CROSSING:
+        while not any(thing.motion in ("right", "left") for thing in scene.things):
+            scene = random_scene(rng)
+    return scene
+
+
 def wordings(scene, rng: random.Random, tokenizer: Tokenizer) -> list[list[int]]:
     """Token rows of one scene's captions; half of them carry the motion score that the text node adds by default."""
     return [tokenizer(caption(scene, rng) + (motion_suffix(10) if n % 2 else "")) for n in range(CAPTIONS)]
@@ -49,7 +59,7 @@ def make_clips(vae: WanVAE, tokenizer: Tokenizer, count: int, seed: int, device,
     rng = random.Random(seed)
     latents, rows = [], []
     for first in range(0, count, chunk):
-        scenes = [random_scene(rng) for _ in range(min(chunk, count - first))]
+        scenes = [training_scene(rng) for _ in range(min(chunk, count - first))]
         video = to_unit(render(scenes, frames=frames, start=0, device=device).permute(0, 4, 1, 2, 3))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             raw = vae.encode_parallel(video)[0]

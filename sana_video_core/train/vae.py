@@ -1,7 +1,7 @@
 """Train the embedded Wan-class VAE on rendered clips; its latents come out normalised like the public Wan 2.1's.
 
 Loss: absolute and squared error and a small KL term, first on crops around the things, then on whole frames; pieces of
-:data:`FRAMES` frames, which is too short: the decoder drifts where a clip goes on (see the CHANGELOG). Afterwards the
+:data:`FRAMES` frames, which the encoder needs; what the decoder needs of longer ones comes in ``decoder.py``. Afterwards the
 latent statistics are folded into the two 1x1x1 convolutions, so that ComfyUI's ``Wan21`` latent format (fixed mean and
 std) fits exactly. Not covered: perceptual or adversarial losses.
 """
@@ -141,9 +141,19 @@ def train(vae, average, optimiser, pool: Pool, args, processes: Processes) -> No
         average.update(vae, clock.step)
         if clock.step % 200 == 1:
             check_finite(loss, clock.step)
-            psnr = 10 * torch.log10(4 / parts["mse"])
             processes.say(f"vae {progress:4.0%} step {clock.step} loss {float(loss.detach()):.4f} "
-                          f"kl {float(parts['kl']):.3f} psnr {float(psnr):.2f}")
+                          f"kl {float(parts['kl']):.3f} psnr {psnr(parts['mse']):.2f}")
+
+
+def psnr(mse: Tensor) -> float:
+    """Decibels of a mean squared error of values in -1..1."""
+    return float(10 * torch.log10(4 / mse))
+
+
+def save(vae: WanVAE, path: Path) -> None:
+    """Half precision under the official names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().cpu().contiguous() for k, v in vae.state_dict().items()}, path)
 
 
 @torch.no_grad()
@@ -156,10 +166,8 @@ def finish(vae: WanVAE, device, path: Path) -> None:
     decoded = torch.cat([vae.decode_parallel(vae.encode_parallel(v)[0]) for v in video.split(16)]).clamp(-1, 1)
     mse = (decoded - video).square().mean((1, 2, 3, 4))
     print("vae channel std:", " ".join(f"{s:.2f}" for s in std.sort(descending=True).values.tolist()))
-    mean, worst = (float(10 * torch.log10(4 / error)) for error in (mse.mean(), mse.max()))
-    print(f"vae unseen psnr: mean {mean:.2f} worst {worst:.2f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().cpu().contiguous() for k, v in vae.state_dict().items()}, path)
+    print(f"vae unseen psnr: mean {psnr(mse.mean()):.2f} worst {psnr(mse.max()):.2f}")
+    save(vae, path)
 
 
 if __name__ == "__main__":
