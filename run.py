@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The one entry for people and CI: demo, test, golden, judge, bench, ops. Standard library only, Python 3.10 or newer.
+"""The one entry for people and CI: demo, film, test, golden, judge, bench, ops. Standard library only, Python 3.10 or newer.
 
 The first use makes an environment under .runtime (packages and the real ComfyUI); COMFYUI_PATH uses an existing one instead.
 Commands that need torch run this file again inside that environment.
@@ -30,9 +30,10 @@ def load(name: str, path: Path):
 
 
 PASSED_ON = {  # these take their arguments as they are
+    "film": "the embedded model's film in a run folder: run.py film --blocks N --dir D [--prompt P] [--seed S]",
     "test": "run every test that needs no GPU; further arguments go to pytest",
     "golden": "check golden files: run.py golden DIR [--allow-unsupported]",
-    "judge": "the embedded model's prompt adherence: run.py judge [--clips N]",
+    "judge": "the embedded model's prompt adherence: run.py judge [--clips N] [--film BLOCKS]",
     "bench": "a benchmark against its peers; run.py bench lists them",
     "ops": "operators, backends, availability and reasons",
 }
@@ -59,10 +60,14 @@ def main(arguments: list[str]) -> int:
         print(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
         return 1
     load("tools", ROOT / "tools" / "__init__.py")
-    if arguments[:1] == ["--inside"]:
-        return inside(arguments[1], arguments[2:])
-    options = parse(arguments)
     sys.stdout.reconfigure(errors="replace")  # a prompt may hold what an old console cannot show
+    if arguments[:1] == ["--inside"]:
+        try:
+            return inside(arguments[1], arguments[2:])
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+    options = parse(arguments)
     from tools import demo, environment, places, server, testing
 
     server.stop_on_terminate()
@@ -73,13 +78,29 @@ def main(arguments: list[str]) -> int:
         if options.command == "test":
             return testing.run_tests(env, options.rest)
         command = [env.python, Path(__file__).resolve(), "--inside", options.command, *options.rest]
-        return subprocess.run(command, env=env.child_env()).returncode
+        return follow([str(part) for part in command], env.child_env())
     except places.RunError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def follow(command: list[str], variables: dict[str, str], patience: float = 10) -> int:
+    """Run ``command`` to its end and return its exit status. Ctrl-C reaches it from the terminal too: it has ``patience``
+    seconds to end in order and to say how far it came."""
+    child = subprocess.Popen(command, env=variables)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        try:
+            return child.wait(patience)
+        except subprocess.TimeoutExpired:
+            raise KeyboardInterrupt from None
+    finally:
+        child.kill()
+        child.wait()
 
 
 def inside(command: str, arguments: list[str]) -> int:
@@ -99,10 +120,14 @@ def inside(command: str, arguments: list[str]) -> int:
         from sana_video_core.mini import evaluate
 
         return evaluate.main(arguments) or 0
+    if command == "film":
+        from sana_video_core.mini import film
+
+        return film.main(arguments)
     if command == "judge-video":
         from tools import inspect_video
 
-        return inspect_video.main(Path(arguments[0]), arguments[1])
+        return inspect_video.main(Path(arguments[0]), arguments[1], int(arguments[2]))
     load("bench", ROOT / "bench" / "__init__.py")
     from bench import cli
 

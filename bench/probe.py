@@ -1,7 +1,8 @@
-"""A short look at a card: ceilings, every operator of a 2B block with its variants, the step beside diffusers, a profile.
+"""A short look at a card: every operator of a 2B block with its settings, the step beside diffusers, a profile, ceilings.
 
-``python3 -m bench.probe`` from the repository root; about a minute. Figures print as they come; nothing is written but the
-log, so a part that fails costs nothing but itself.
+``python3 -m bench.probe`` from the repository root; about 100 seconds. Cheap and telling parts come first, figures print as
+they come, and nothing is written but the log, so a part that fails costs nothing but itself. The fastest setting of every
+kernel is kept for the parts after it. ``python3 -m bench.probe depthwise temporal`` runs those parts alone.
 """
 
 from __future__ import annotations
@@ -18,21 +19,38 @@ from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.ops import fused, reference
 
 from . import dit
-from .harness import ceilings, machine, measure, relative_error, versions
+from .harness import Timing, ceilings, machine, measure, relative_error, versions
 
 FRAMES, HEIGHT, WIDTH = 21, 30, 52
 C, HEADS, HIDDEN = 2240, 20, 6720
-COPY, DEVICE, TINY = 1 << 30, "cuda", False
+COPY, DEVICE, TINY, CALLS = 1 << 30, "cuda", False, 10
 # Settings to try, in the order of fused.TUNING.
-ATTENTION = {"state": [(64, 8, 3), (64, 8, 2), (64, 8, 1), (32, 8, 2), (32, 4, 2), (64, 4, 2)],
-             "apply": [(64, 4, 8, 2), (64, 2, 8, 2), (128, 2, 8, 2), (32, 4, 8, 2), (64, 4, 4, 2), (128, 4, 16, 2)]}
-DEPTHWISE = [(2, 64, 32, 8), (1, 64, 32, 4), (4, 64, 32, 8), (1, 64, 64, 8), (2, 64, 16, 4), (2, 32, 64, 8), (4, 16, 64, 8)]
+SETTINGS = {
+    "depthwise": [(128, 2, "pair"), (64, 1, "pair"), (128, 4, "pair"), (64, 2, "pair"), (256, 4, "pair"), (128, 2, "tanh"),
+                  (128, 4, "tanh"), (64, 1, "tanh"), (128, 2, "plain")],
+    "norm": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2), (1, 1)],
+    "residual": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2)],
+    "rms": [(4, 4), (1, 4), (8, 4), (2, 2), (1, 1)],
+    "taps": [(8, 256, 4), (16, 128, 4), (4, 512, 4), (8, 256, 8), (2, 256, 1)],
+    "state": [(64, 4, 2), (64, 4, 3), (64, 4, 1), (32, 4, 2), (32, 8, 2), (128, 8, 2)],
+    "apply": [(64, 4, 4, 2), (64, 8, 4, 2), (64, 4, 4, 1), (32, 8, 4, 2), (32, 8, 8, 2), (128, 4, 8, 2)],
+}
 
 
-def show(name: str, timing, moved: float = 0.0) -> None:
+def show(name: str, timing: Timing, moved: float = 0.0) -> None:
     """One line; ``moved`` is the least traffic in bytes."""
     rate = f"{moved / timing.median / 1e9:6.2f} TB/s of least traffic" if moved else ""
-    print(f"  {name:46s} {timing.median:9.3f} ms  (low {timing.low:.3f}) {rate}", flush=True)
+    print(f"  {name:46s} {timing.median:9.4f} ms  (low {timing.low:.4f}) {rate}", flush=True)
+
+
+def steady(function, warmup: int = 2, repeats: int = 5) -> Timing:
+    """Time of one call among several queued ones: what it takes inside a step, without the wait for its launch."""
+    def several() -> None:
+        for _ in range(CALLS):
+            function()
+
+    t = measure(several, warmup, repeats)
+    return Timing(t.median / CALLS, t.low / CALLS, t.high / CALLS, repeats)
 
 
 def part(title: str, function) -> None:
@@ -47,106 +65,159 @@ def part(title: str, function) -> None:
     print(f"   [{time.time() - start:.1f} s]", flush=True)
 
 
+def rand(*shape, scale=1.0) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * scale
+
+
+def first(value) -> torch.Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def last(value) -> torch.Tensor:
+    return value[-1] if isinstance(value, tuple) else value
+
+
+def wide(args: tuple) -> tuple:
+    return tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args)
+
+
+def compare(name: str, args: tuple, moved: float, pick=first) -> None:
+    """Error of both forms in bf16 against the reference in float32, then their times."""
+    ours, truth = getattr(fused, name), getattr(reference, name)
+    expected = pick(truth(*wide(args)))
+    print(f"  {name}: error {relative_error(pick(ours(*args)), expected):.2e}, reference bf16 "
+          f"{relative_error(pick(truth(*args)), expected):.2e}", flush=True)
+    del expected
+    show(f"{name} fused", steady(lambda: ours(*args)), moved)
+    show(f"{name} reference", measure(lambda: truth(*args), 1, 3), moved)
+
+
+def tune(name: str, call, moved: float = 0.0, expected: torch.Tensor | None = None) -> None:
+    """Time ``call`` under every setting of one kernel; leaves the fastest. With ``expected``: its error too."""
+    best = None
+    fused.SMALLER.pop(name, None)  # measured settings count on every card
+    for setting in SETTINGS[name]:
+        fused.TUNING[name] = setting
+        try:
+            error = "" if expected is None else f"  error {relative_error(first(call()), expected):.2e}"
+            timing = steady(call, 1, 4)
+        except Exception as failure:  # a setting that does not fit this card
+            print(f"  {name} {setting}: {str(failure)[:100]}")
+            continue
+        show(f"{name} {setting}{error}", timing, moved)
+        best = min(best or (timing.median, setting), (timing.median, setting))
+    if best:
+        fused.TUNING[name] = best[1]
+
+
+def depthwise() -> None:
+    """The gated depthwise convolution: settings and forms, on inputs around zero and on mostly negative ones."""
+    tokens = FRAMES * HEIGHT * WIDTH
+    taps, bias = rand(2 * HIDDEN, 1, 3, 3, scale=0.3), rand(2 * HIDDEN, scale=0.1)
+    for shift in (-3.0, 0.0):
+        args = (rand(1, tokens, 2 * HIDDEN) + shift, taps, bias, (HEIGHT, WIDTH))
+        expected = reference.gated_depthwise(*wide(args))
+        print(f"  inputs around {shift}: reference bf16 error "
+              f"{relative_error(reference.gated_depthwise(*args), expected):.2e}", flush=True)
+        tune("depthwise", lambda a=args: fused.gated_depthwise(*a), 1.5 * args[0].nbytes, expected)
+        del expected
+    show("depthwise reference", measure(lambda: reference.gated_depthwise(*args), 1, 3), 1.5 * args[0].nbytes)
+
+
+def streaming() -> None:
+    """The operators that pass over the tokens once: error against the reference in float32, times, settings."""
+    tokens = FRAMES * HEIGHT * WIDTH
+    unit = tokens * C * 2
+    x, y, extra, rows, weight = rand(1, tokens, C), rand(1, tokens, C), rand(1, tokens, C), rand(1, 1, 6, C), rand(C) * 0.1 + 1
+    shift, scale, gate = rows.unbind(2)[:3]
+    compare("residual_norm", (x, y, shift, scale), 4 * unit, last)
+    tune("norm", lambda: fused.residual_norm(x, y, shift, scale), 4 * unit)
+    compare("modulate_norm", (x, shift, scale), 2 * unit)
+    compare("gated_residual", (x, y, gate, extra), 4 * unit)
+    tune("residual", lambda: fused.gated_residual(x, y, gate, extra), 4 * unit)
+    compare("gated_residual", (x, y, gate), 3 * unit)
+    compare("rms_norm", (x, weight, 1e-6), 2 * unit)
+    tune("rms", lambda: fused.rms_norm(x, weight, 1e-6), 2 * unit)
+    compare("temporal_taps", (x, FRAMES), 4 * unit)
+    tune("taps", lambda: fused.temporal_taps(x, FRAMES), 4 * unit)
+
+
+def attention() -> None:
+    """The linear attention, its three passes and their settings; the text attention."""
+    tokens = FRAMES * HEIGHT * WIDTH
+    weight, qkv = rand(C, scale=0.1) + 1, rand(1, tokens, 3 * C)
+    cos, sin = rope_table(FRAMES, HEIGHT, WIDTH, C // HEADS, device=DEVICE)
+    args = (qkv, weight, weight, cos, sin, HEADS)
+    compare("linear_attention", args, 5 * tokens * C * 2)
+    for name in ("state", "apply"):
+        tune(name, lambda: fused.linear_attention(*args), 5 * tokens * C * 2)
+    before = fused.SPLIT_TOKENS
+    for size in (512, 2048, before):
+        fused.SPLIT_TOKENS = size
+        show(f"sums of {size} tokens", steady(lambda: fused.linear_attention(*args)))
+    q, k = rand(1, tokens, C), rand(1, 300, C)
+    mask = torch.arange(300, device=DEVICE)[None] < 120
+    for name, more in (("masked", (mask,)), ("trimmed to 120", (mask, (120,)))):
+        show(f"softmax, {name}", steady(lambda a=more: reference.softmax_attention(q, k, k, HEADS, *a)), 2 * tokens * C * 2)
+
+
+def temporal() -> None:
+    """Three forms of the temporal convolution, with what each needs around it."""
+    tokens, size = FRAMES * HEIGHT * WIDTH, HEIGHT * WIDTH
+    u, weight = rand(1, tokens, C), rand(C, 3 * C, scale=(3 * C) ** -0.5)
+    expected = F.linear(reference.temporal_taps(u.float(), FRAMES)[0], weight.float())
+    parts = weight.unflatten(1, (3, C)).unbind(1)
+    kernel = weight.view(C, 3, 1, C).permute(0, 3, 1, 2)
+
+    def taps() -> torch.Tensor:
+        return F.linear(fused.temporal_taps(u, FRAMES)[0], weight)
+
+    def products() -> torch.Tensor:
+        out = F.linear(u, parts[1])
+        out[0, size:].addmm_(u[0, :-size], parts[0].t())
+        out[0, :-size].addmm_(u[0, size:], parts[2].t())
+        return out
+
+    def convolution() -> torch.Tensor:
+        out = F.conv2d(u.view(1, FRAMES, size, C).permute(0, 3, 1, 2), kernel, padding=(1, 0))
+        return out.permute(0, 2, 3, 1).flatten(1, 2)
+
+    for form in (taps, products, convolution):
+        error = relative_error(form(), expected)
+        show(f"temporal, {form.__name__}  error {error:.2e}", steady(form))
+
+
 def limits() -> None:
     """Copy bandwidth and the rate of the block's matrix products."""
     a = torch.randn(COPY, device=DEVICE, dtype=torch.bfloat16)
     b = torch.empty_like(a)
     show("copy 2 GiB", measure(lambda: b.copy_(a), 3, 9), 2 * a.nbytes)
     tokens = FRAMES * HEIGHT * WIDTH
-    for name, out, inner in (("qkv", 3 * C, C), ("proj", C, C), ("up", 2 * HIDDEN, C), ("down", C, HIDDEN),
-                             ("temporal", C, 3 * C)):
-        x = torch.randn(tokens, inner, device=DEVICE, dtype=torch.bfloat16)
-        w = torch.randn(out, inner, device=DEVICE, dtype=torch.bfloat16) * inner**-0.5
+    for name, out, inner in (("qkv", 3 * C, C), ("proj", C, C), ("up", 2 * HIDDEN, C), ("down", C, HIDDEN)):
+        x, w = rand(tokens, inner), rand(out, inner, scale=inner**-0.5)
         timing = measure(lambda x=x, w=w: F.linear(x, w), 2, 7)
         rate = 2 * tokens * out * inner / timing.median / 1e9
         print(f"  linear {name:10s} {timing.median:.3f} ms  {rate:.0f} TFLOP/s", flush=True)
 
 
-def rand(*shape, scale=1.0) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * scale
-
-
-def streaming() -> None:
-    """The operators that pass over the tokens once: error against the reference in float32, then times."""
-    tokens = FRAMES * HEIGHT * WIDTH
-    unit = tokens * C * 2
-    x, y, rows, weight = rand(1, tokens, C), rand(1, tokens, C), rand(1, 1, 6, C), rand(C, scale=0.1) + 1
-    shift, scale, gate = rows.unbind(2)[:3]
-    compare("modulate_norm", fused.modulate_norm, reference.modulate_norm, (x, shift, scale), 2 * unit)
-    compare("gated_residual", fused.gated_residual, reference.gated_residual, (x, y, gate), 3 * unit)
-    compare("rms_norm", fused.rms_norm, reference.rms_norm, (x, weight, 1e-6), 2 * unit)
-    compare("temporal_taps", fused.temporal_taps, reference.temporal_taps, (x, FRAMES), 4 * unit)
-    k = rand(1, 300, C)
-    mask = torch.arange(300, device=DEVICE)[None] < 120
-    for name, args in (("masked", (mask,)), ("trimmed to 120", (mask, (120,))), ("all 300", ())):
-        show(f"softmax, {name}", measure(lambda a=args: reference.softmax_attention(x, k, k, HEADS, *a), 2, 5), 2 * unit)
-
-
-def attention() -> None:
-    """The linear attention and the settings of its two passes."""
-    tokens = FRAMES * HEIGHT * WIDTH
-    weight, qkv = rand(C, scale=0.1) + 1, rand(1, tokens, 3 * C)
-    cos, sin = rope_table(FRAMES, HEIGHT, WIDTH, C // HEADS, device=DEVICE)
-    args = (qkv, weight, weight, cos, sin, HEADS)
-    compare("linear_attention", fused.linear_attention, reference.linear_attention, args, 5 * tokens * C * 2)
-    for name, settings in ATTENTION.items():
-        tune(name, settings, lambda: fused.linear_attention(*args))
-
-
-def depthwise() -> None:
-    """The gated depthwise convolution and its settings."""
-    tokens = FRAMES * HEIGHT * WIDTH
-    up, taps, bias = rand(1, tokens, 2 * HIDDEN), rand(2 * HIDDEN, 1, 3, 3, scale=0.3), rand(2 * HIDDEN, scale=0.1)
-    show("silu in place", measure(lambda: F.silu(up, inplace=True), 2, 5), 2 * up.nbytes)
-    args, moved = (up, taps, bias, (HEIGHT, WIDTH)), 1.5 * up.nbytes
-    compare("gated_depthwise", fused.gated_depthwise, reference.gated_depthwise, args, moved)
-    tune("depthwise", DEPTHWISE, lambda: fused.depthwise_glu(*args), moved)
-
-
-def compare(name: str, ours, truth, args: tuple, moved: float) -> None:
-    """Error of both in bf16 against the reference in float32, then their times."""
-    def first(value):
-        return value[0] if isinstance(value, tuple) else value
-
-    wide = tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args)
-    expected = first(truth(*wide))
-    print(f"  {name}: error {relative_error(first(ours(*args)), expected):.2e}, reference bf16 "
-          f"{relative_error(first(truth(*args)), expected):.2e}", flush=True)
-    del wide, expected
-    show(f"{name} fused", measure(lambda: ours(*args), 2, 7), moved)
-    show(f"{name} reference", measure(lambda: truth(*args), 1, 3), moved)
-
-
-def tune(name: str, settings: list[tuple], call, moved: float = 0.0) -> None:
-    """Time ``call`` under every setting of one kernel; leaves the fastest."""
-    best = None
-    for setting in settings:
-        fused.TUNING[name] = setting
-        try:
-            timing = measure(call, 1, 5)
-        except Exception as error:  # a setting that does not fit this card
-            print(f"  {name} {setting}: {str(error)[:100]}")
-            continue
-        show(f"{name} {setting}", timing, moved)
-        best = min(best or (timing.median, setting), (timing.median, setting))
-    if best:
-        fused.TUNING[name] = best[1]
-
-
-@torch.inference_mode()
-def ours_profiled() -> None:
+def profile() -> None:
     """One forward of the full network and where its time goes."""
+    print(f"  settings: {fused.TUNING}", flush=True)
     work = dit.workload(TINY)
     model = dit.build(work.spec, DEVICE, torch.bfloat16, **dit.PEER_EPS)
     args = dit.row(dit.inputs(work.spec, work.grid, 2, DEVICE, torch.bfloat16), 0)
-    show("forward, batch 1", measure(lambda: model(**args), 2, 5))
+    show("forward, batch 1", measure(lambda: model(**args), 2, 7))
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CUDA if torch.cuda.is_available() else activity.CPU]
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=kinds) as record:
         model(**args)
-    events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:22]
-    for event in events:
-        print(f"    {event.self_device_time_total / 1e3:8.2f} ms {event.count:5d}x  {event.key[:100]}")
+    events = sorted(record.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    products = sum(e.self_device_time_total for e in events if any(w in e.key for w in ("gemm", "cutlass", "nvjet")))
+    print(f"  on the device {total / 1e3:.1f} ms, of it matrix products {products / 1e3:.1f} ms, the rest "
+          f"{(total - products) / 1e3:.1f} ms", flush=True)
+    for event in events[:45]:
+        print(f"    {event.self_device_time_total / 1e3:8.2f} ms {event.count:5d}x  {event.key[:110]}")
     with ops.force("reference"):
         show("forward, batch 1, reference operators", measure(lambda: model(**args), 1, 2))
 
@@ -155,16 +226,18 @@ def beside_diffusers() -> None:
     dit.run(TINY)
 
 
+PARTS = {"depthwise": depthwise, "streaming": streaming, "attention": attention, "temporal": temporal, "profile": profile,
+         "beside": beside_diffusers, "limits": limits}
+
+
 def main(arguments: list[str]) -> int:
-    global FRAMES, HEIGHT, WIDTH, C, HEADS, HIDDEN, COPY, DEVICE, TINY
+    global FRAMES, HEIGHT, WIDTH, C, HEADS, HIDDEN, COPY, DEVICE, TINY, CALLS
     if "--tiny" in arguments:  # on a CPU, with TRITON_INTERPRET=1
-        FRAMES, HEIGHT, WIDTH, C, HEADS, HIDDEN, COPY, DEVICE, TINY = 2, 3, 4, 32, 2, 48, 1 << 10, "cpu", True
+        FRAMES, HEIGHT, WIDTH, C, HEADS, HIDDEN, COPY, DEVICE, TINY, CALLS = 2, 3, 4, 32, 2, 48, 1 << 10, "cpu", True, 1
+    chosen = [name for name in PARTS if name in arguments] or list(PARTS)
     print(machine(), versions(), "ceilings", ceilings(), flush=True)
-    part("limits", limits)
-    for title, function in (("streaming operators", streaming), ("attention", attention), ("depthwise", depthwise)):
-        part(title, torch.inference_mode()(function))
-    part("profile", ours_profiled)
-    part("beside diffusers", beside_diffusers)
+    for name in chosen:
+        part(name, PARTS[name] if name == "beside" else torch.inference_mode()(PARTS[name]))
     return 0
 
 

@@ -20,6 +20,7 @@ from .long import (
     patches_print,
     require_state,
 )
+from .shared_state import hand_out
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class SanaVideoBlockSampler(io.ComfyNode):
             latent, after = run_film(job, run_folder.strip(), vae, bool(keep_states))
         else:
             latent, after = job.run()
-        return io.NodeOutput({"samples": latent}, after, str(run_folder or "").strip())
+        return io.NodeOutput({"samples": latent}, hand_out(after), str(run_folder or "").strip())
 
 
 def _inputs() -> list:

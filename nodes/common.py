@@ -13,7 +13,7 @@ from ..sana_video_core.errors import SanaVideoError
 from ..sana_video_core.specs import ModelSpec, VaeSpec
 
 CATEGORY = "SANA-Video"
-EMBEDDED = "embedded mini"  # the entry of the model list that needs no download
+EMBEDDED, EMBEDDED_LONG = "embedded mini", "embedded mini long"  # entries of the model list that need no download
 NONE = "none"
 
 
@@ -115,7 +115,7 @@ def file_stamp(folder: str, name: str | None) -> str:
     """Size and time of a file in a ComfyUI model folder, "" when none is named: changes when the file is replaced."""
     import folder_paths
 
-    path = None if name in (None, NONE, EMBEDDED) else folder_paths.get_full_path(folder, name)
+    path = None if name in (None, NONE, EMBEDDED, EMBEDDED_LONG) else folder_paths.get_full_path(folder, name)
     if path is None or not Path(path).exists():
         return ""
     stat = Path(path).stat()
@@ -127,16 +127,23 @@ def embedded_folder() -> Path:
     return Path(__file__).parent.parent / "sana_video_core" / "mini" / "weights"
 
 
-def embedded_present() -> bool:
-    """True when this copy of the pack carries the embedded model."""
-    return any(embedded_folder().glob("*.safetensors"))
+def embedded_models() -> list[str]:
+    """The entries of the model list that this copy of the pack carries: the clip model, the model for long video."""
+    if not any(embedded_folder().glob("*.safetensors")):
+        return []
+    from ..sana_video_core import mini
+
+    return [EMBEDDED, EMBEDDED_LONG] if "long" in mini.files() else [EMBEDDED]
 
 
-def embedded_files() -> dict[str, str]:
-    """{"transformer", "vae", "text"} -> path of the embedded model's files."""
+def embedded_files(model: str = EMBEDDED) -> dict[str, str]:
+    """{"transformer", "vae", "text"} -> path of the files of an embedded model."""
     from ..sana_video_core import mini
 
     files = {part: str(path) for part, path in mini.files().items()}
+    long = files.pop("long", str(mini.FOLDER / mini.LONG))
+    if model == EMBEDDED_LONG:
+        files["transformer"] = long
     lost = [path for path in files.values() if not Path(path).is_file()]
     if lost:
         raise SanaVideoError("The embedded model is not complete", found=f"missing {', '.join(Path(p).name for p in lost)}",

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .common import CATEGORY, EMBEDDED, NONE, MissingPart, choice, embedded_files, embedded_present, file_stamp
+from .common import (
+    CATEGORY,
+    EMBEDDED,
+    EMBEDDED_LONG,
+    NONE,
+    MissingPart,
+    choice,
+    embedded_files,
+    embedded_models,
+    file_stamp,
+)
 from .loading import MODES, PRECISIONS, load_diffusion, load_vae, refuse_fp16
 
 
 def model_files() -> list[str]:
-    """The choices of 'model': the embedded model first when it is there, then ComfyUI's diffusion_models folder."""
+    """The choices of 'model': the embedded models first where they are there, then ComfyUI's diffusion_models folder."""
     import folder_paths
 
-    return ([EMBEDDED] if embedded_present() else []) + folder_paths.get_filename_list("diffusion_models")
+    return embedded_models() + folder_paths.get_filename_list("diffusion_models")
 
 
 def part_files(folder: str) -> list[str]:
@@ -32,12 +42,14 @@ class SanaVideoLoader(io.ComfyNode):
             display_name="Load SANA-Video",
             category=CATEGORY,
             description="Loads a SANA-Video model (official .pth, safetensors or diffusers weights), and its text encoder and "
-                        "VAE when you name their files. 'embedded mini' is a small model that comes with this pack.",
+                        "VAE when you name their files. 'embedded mini' is a small model that comes with this pack, "
+                        "'embedded mini long' the same for long video.",
             search_aliases=["sana", "longsana", "checkpoint", "unet loader", "diffusion model", "mini"],
             inputs=[
                 io.Combo.Input("model", options=model_files(),
                                tooltip="The model, from models/diffusion_models. 'embedded mini' draws coloured shapes, needs no "
-                                       "download and brings its own text encoder and VAE."),
+                                       "download and brings its own text encoder and VAE. 'embedded mini long': the same, block "
+                                       "by block."),
                 io.Combo.Input("precision", options=PRECISIONS, default="auto", advanced=True,
                                tooltip="auto: what suits your card (bf16 on today's). bf16: half the memory of fp32, same "
                                        "pictures to the eye. fp32: for comparisons only, twice the memory."),
@@ -71,7 +83,9 @@ class SanaVideoLoader(io.ComfyNode):
         refuse_fp16(precision)
         choice("precision", precision, PRECISIONS)
         choice("mode", mode, MODES)
-        embedded = embedded_files() if model == EMBEDDED else {}
+        embedded = embedded_files(model) if model in (EMBEDDED, EMBEDDED_LONG) else {}
+        if model == EMBEDDED_LONG and mode == "auto":
+            mode = "long"
         path = embedded.get("transformer") or folder_paths.get_full_path_or_raise("diffusion_models", model)
         patcher = load_diffusion(path, precision, mode)
         spec = patcher.model.spec

@@ -16,6 +16,7 @@ from ..sana_video_core.sampling.schedule_text import Part, part_of
 from ..sana_video_core.specs import ModelSpec
 from ..sana_video_core.state import RecurrentState
 from .common import spec_of
+from .shared_state import take_in
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,11 @@ UNSUPPORTED = ("area", "mask", "control", "gligen", "hooks", "start_percent", "e
 
 
 def require_state(value: object) -> RecurrentState:
-    """``value`` if it is a state with all its tensors on the CPU."""
+    """``value`` with plain tensors if it is a state; they share their memory with the wire, so never write to them."""
     if not isinstance(value, RecurrentState):
         raise StateError("There is no state on this wire", found=type(value).__name__,
                          action="Connect the STATE output of 'SANA-Video Block Sampler' or 'SANA-Video Load State'")
-    return value
+    return take_in(value)
 
 
 def long_spec(model: object) -> ModelSpec:

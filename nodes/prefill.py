@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..sana_video_core.errors import SanaVideoError
 from .common import CATEGORY, finite, whole_number
 from .long import Network, State, Texts, long_spec, model_print, require_state, summary
+from .shared_state import hand_out
 
 MAX_BLOCK_FRAMES = 256
 
@@ -73,4 +74,4 @@ class SanaVideoPrefillState(io.ComfyNode):
                 lengths=lengths, cfg=cfg, state=state, device=network.device, recompute=True, model_print=model_print(model),
                 on_block=lambda done, total: bar.update_absolute(done, total))
         after = after.to("cpu", copy=True)
-        return io.NodeOutput(after, summary(after))
+        return io.NodeOutput(hand_out(after), summary(after))

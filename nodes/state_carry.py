@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..sana_video_core.errors import SanaVideoError
 from .common import CATEGORY, choice, whole_number
 from .long import State, require_state, summary
+from .shared_state import hand_out
 
 ACTIONS = ["carry", "fork", "rewind", "undo", "window"]
 
@@ -65,9 +66,10 @@ class SanaVideoKVStateCarry(io.ComfyNode):
         elif action == "window":
             after = require_state(state).windowed(block)
         else:
-            after = require_state(state)
+            require_state(state)
+            after = state
         label = f"{name.strip()}: " if isinstance(name, str) and name.strip() else ""
-        return io.NodeOutput(after, label + summary(after))
+        return io.NodeOutput(hand_out(after), label + summary(after))
 
 
 def from_folder(name: str, block: int, fork: str | None):

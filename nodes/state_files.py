@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..sana_video_core.errors import SanaVideoError
 from .common import CATEGORY, spec_of
 from .long import State, model_print, require_state, summary
+from .shared_state import hand_out
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +58,15 @@ class SanaVideoStateSave(io.ComfyNode):
     def execute(cls, state, name) -> io.NodeOutput:
         from .film import safe_path
 
-        state = require_state(state)
+        plain = require_state(state)
         base = safe_path(name, states_root(), "state")
         number = 1
         while (path := base.with_name(f"{base.name}_{number:05d}.safetensors")).exists():
             number += 1
-        state.to("cpu").save(path)
+        plain.to("cpu").save(path)
         relative = path.relative_to(states_root()).as_posix()
         log.info("Saved %s: %s", relative, summary(state))
-        return io.NodeOutput(state, relative, ui=ui.PreviewText(f"{relative}\n{summary(state)}"))
+        return io.NodeOutput(hand_out(state), relative, ui=ui.PreviewText(f"{relative}\n{summary(state)}"))
 
 
 class SanaVideoStateLoad(io.ComfyNode):
@@ -109,4 +110,4 @@ class SanaVideoStateLoad(io.ComfyNode):
         state = RecurrentState.load(states_root() / file, spec)
         if model is not None:
             check_fits(state, spec, state.grid, state.batch, None, model_print(model))
-        return io.NodeOutput(state, summary(state))
+        return io.NodeOutput(hand_out(state), summary(state))

@@ -1,4 +1,4 @@
-"""``run.py demo``: the real ComfyUI runs workflows/mini_t2v.json, and the judge looks at the video that comes out."""
+"""``run.py demo``: the real ComfyUI runs a workflow of the embedded model, and the judge looks at the video that comes out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from .client import Event
 from .environment import Environment
@@ -16,7 +17,22 @@ from .places import LOGS, ROOT, RUNTIME, RunError, say, tail
 from .server import ComfyServer
 from .workflow import to_api
 
-WORKFLOW = ROOT / "workflows" / "mini_t2v.json"
+
+class Demo(NamedTuple):
+    """A workflow (by its name), the frames that its video has at least, and the seconds after which it is given up."""
+
+    workflow: str
+    frames: int
+    patience: int
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "workflows" / f"{self.workflow}.json"
+
+
+CLIP, FILM = Demo("mini_t2v", 80, 600), Demo("mini_long_video", 480, 3600)
+SHOWN = CLIP  # what ``run.py demo`` makes
+FILMS = "output/sana_video"  # run folders, below the server's base folder
 TEXT_NODE, SEED_NAMES = "SanaVideoTextEncode", ("seed", "noise_seed")
 
 
@@ -26,21 +42,22 @@ def demo(environment: Environment, options: argparse.Namespace) -> int:
     ``options``: prompt and seed (None: the workflow's), out (folder), gpu.
     """
     started = time.monotonic()
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    workflow, base = json.loads(SHOWN.path.read_text(encoding="utf-8")), RUNTIME / "demo"
+    shutil.rmtree(base / FILMS, ignore_errors=True)  # a film that is there would be finished, not made
     say("starting ComfyUI ...")
-    with ComfyServer(environment, RUNTIME / "demo", LOGS / "demo.log", gpu=options.gpu) as server:
+    with ComfyServer(environment, base, LOGS / "demo.log", gpu=options.gpu) as server:
         graph = to_api(workflow, server.client.get("/object_info"))
         text = change(graph, options.prompt, options.seed)
         say(f"prompt: {text}")
         progress = Progress({key: node["_meta"]["title"] for key, node in graph.items()})
-        outcome = server.client.run(graph, progress.show, timeout=600)
+        outcome = server.client.run(graph, progress.show, timeout=SHOWN.patience)
         progress.end()
         if not outcome.ok:
             raise RunError(f"{tail(server.log)}\nThe workflow did not finish: {outcome.error}\nThe whole log: {server.log}")
         video = keep(server.base, outcome.files(), options.out.resolve())
     say(f"video: {video}")
     say(f"made in {time.monotonic() - started:.0f} s; judging ...")
-    command = [environment.python, ROOT / "run.py", "--inside", "judge-video", video, text]
+    command = [environment.python, ROOT / "run.py", "--inside", "judge-video", video, text, str(SHOWN.frames)]
     return subprocess.run(command, env=environment.child_env()).returncode
 
 
@@ -48,7 +65,7 @@ def change(graph: dict, prompt: str | None, seed: int | None) -> str:
     """Put the asked-for prompt and seed into the graph; returns the prompt that will run."""
     texts = [node for node in graph.values() if node["class_type"] == TEXT_NODE]
     if len(texts) != 1:
-        raise RunError(f"{WORKFLOW.name} should hold one {TEXT_NODE} node, it holds {len(texts)}.")
+        raise RunError(f"{SHOWN.workflow} should hold one {TEXT_NODE} node, it holds {len(texts)}.")
     if prompt:
         texts[0]["inputs"]["prompt"] = prompt
     if seed is not None:

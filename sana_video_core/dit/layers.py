@@ -203,8 +203,8 @@ class MixFFN(nn.Module):
     def spatial(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.point_conv(self.depth_conv.conv(self.inverted_conv(x), grid))
 
-    def forward(self, x: Tensor, grid: tuple[int, int, int], tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``[B, N, C]`` -> (output, this block's tail ``[B, 1, S, C]``)."""
+    def forward(self, x: Tensor, grid: tuple[int, int, int], tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, N, C]`` -> the two parts whose sum is the output, and this block's tail ``[B, 1, S, C]``."""
         frames, height, width = grid
         hidden = 2 * self.point_conv.conv.in_features
         frame_bytes = x.shape[0] * height * width * hidden * x.element_size()
@@ -215,7 +215,7 @@ class MixFFN(nn.Module):
             pieces = x.unflatten(1, (frames, -1)).split(group, 1)
             u = torch.cat([self.spatial(p.flatten(1, 2), (height, width)) for p in pieces], 1)
         taps, own_tail = ops.temporal_taps(u, frames, tail)
-        return u + self.t_conv(taps), own_tail
+        return u, self.t_conv(taps), own_tail
 
 
 class Block(nn.Module):
@@ -233,9 +233,9 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
         attended, own = self.attn(ops.modulate_norm(x, shift1, scale1), ctx, history)
         x = ops.gated_residual(x, attended, gate1)
-        x = x + self.cross_attn(x, ctx)
-        mixed, tail = self.mlp(ops.modulate_norm(x, shift2, scale2), ctx.grid, None if history is None else history.tail)
-        return ops.gated_residual(x, mixed, gate2), LayerState(own.vk, own.ksum, tail)
+        x, normed = ops.residual_norm(x, self.cross_attn(x, ctx), shift2, scale2)
+        spatial, temporal, tail = self.mlp(normed, ctx.grid, None if history is None else history.tail)
+        return ops.gated_residual(x, spatial, gate2, temporal), LayerState(own.vk, own.ksum, tail)
 
     def contribution(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> LayerState:
         """What ``forward`` would store, computing only the last frame after the attention's sums."""
@@ -244,8 +244,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, _ = (table + ctx.rows).unbind(2)
         attended, own = self.attn(ops.modulate_norm(x, shift1, scale1), ctx, history, frame)
         x = ops.gated_residual(x[:, -frame:], attended, gate1[:, -1:])
-        x = x + self.cross_attn(x, ctx)
-        tail = self.mlp.spatial(ops.modulate_norm(x, shift2[:, -1:], scale2[:, -1:]), ctx.grid[1:])
+        _, normed = ops.residual_norm(x, self.cross_attn(x, ctx), shift2[:, -1:], scale2[:, -1:])
+        tail = self.mlp.spatial(normed, ctx.grid[1:])
         return LayerState(own.vk, own.ksum, tail[:, None])
 
 

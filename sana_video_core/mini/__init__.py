@@ -14,6 +14,7 @@ from ..errors import SanaVideoError
 FOLDER = Path(__file__).parent / "weights"
 NAMES = {"transformer": "mini_transformer.safetensors", "vae": "mini_vae.safetensors", "text": "mini_text.safetensors"}
 LONG = "mini_long_transformer.safetensors"
+WINDOW = 2  # blocks that a film of the embedded model remembers, as in its training
 
 PROMPTS = (
     "A red star bounces up and down on a navy background.",

@@ -2,7 +2,8 @@
 
 Samples clips of held-out prompts, decodes them, lets the judge read them, prints a table and as last line
 ``adherence: 0.97``. ``--untrained`` does the same with random weights in the transformer, ``--world`` with pictures of the
-renderer (the judge's own accuracy). Not covered: how the judge reads (``judge.py``).
+renderer (the judge's own accuracy). ``--film`` hands over to ``evaluate_film.py``. Not covered: how the judge reads
+(``judge.py``).
 """
 
 from __future__ import annotations
@@ -99,8 +100,10 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run.py judge", description="Prompt adherence of the embedded model.")
+    parser = argparse.ArgumentParser(prog="run.py judge", description="Prompt adherence of the embedded model.",
+                                     allow_abbrev=False)
     parser.add_argument("--clips", type=int, default=50, help="number of clips (default 50)")
+    parser.add_argument("--film", metavar="BLOCKS", help="judge films of the causal model instead; --film 24 --help tells more")
     parser.add_argument("--untrained", action="store_true", help="random weights in the transformer, for comparison")
     parser.add_argument("--world", action="store_true", help="pictures of the renderer instead: the judge's own accuracy")
     parser.add_argument("--gallery", action="store_true", help="the 16 example prompts instead of drawn ones")
@@ -121,6 +124,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] = ()) -> int:
     """The command; returns the exit status. The last line printed is ``adherence: X``."""
+    if any(word == "--film" or word.startswith("--film=") for word in argv):
+        from . import evaluate_film
+
+        return evaluate_film.main(argv)
     try:
         options = _arguments(argv)
         return _clips(options)

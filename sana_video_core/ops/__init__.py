@@ -1,20 +1,24 @@
 """The operators the network is made of. Call these; the registry chooses the backend."""
 
-from . import fused, reference
+from . import fused, fused_torch, library, reference
 from .reference import Contribution
 from .registry import OPERATORS, Constraint, Operator, force, operator, report
 
 rms_norm = operator(reference.rms_norm)
 modulate_norm = operator(reference.modulate_norm)
 gated_residual = operator(reference.gated_residual)
+residual_norm = operator(reference.residual_norm)
 linear_attention = operator(reference.linear_attention)
 softmax_attention = operator(reference.softmax_attention)
 gated_depthwise = operator(reference.gated_depthwise)
 temporal_taps = operator(reference.temporal_taps)
 
 fused.register(OPERATORS)
+fused_torch.register(OPERATORS)
+library.register(OPERATORS)
 
 __all__ = [
     "OPERATORS", "Constraint", "Contribution", "Operator", "force", "gated_depthwise", "gated_residual",
-    "linear_attention", "modulate_norm", "operator", "report", "rms_norm", "softmax_attention", "temporal_taps",
+    "linear_attention", "modulate_norm", "operator", "report", "residual_norm", "rms_norm", "softmax_attention",
+    "temporal_taps",
 ]

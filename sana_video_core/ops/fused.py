@@ -1,7 +1,7 @@
-"""Operators fused into few passes over memory: Triton kernels, and torch's own fused functions where those suffice.
+"""Operators fused into few passes over memory by Triton kernels.
 
-Same meaning as ``reference.py`` (the truth); a call outside what :data:`FUSED` declares runs the reference. Nothing here
-imports Triton before the first call. Not covered: gradients, torch.compile (both run the reference).
+Same meaning as ``reference.py`` (the truth); a call outside what :func:`register` declares runs the reference. Nothing here
+imports Triton before the first call. Not covered: gradients (the reference runs), torch.compile (``library.py``).
 """
 
 from __future__ import annotations
@@ -9,27 +9,38 @@ from __future__ import annotations
 from importlib import import_module
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .fused_torch import has_weight, one_dtype
 from .reference import ATTENTION_EPS, Contribution
 from .registry import Constraint
 
 SPLIT_TOKENS = 1024  # tokens a program sums; by shape alone, so that a sum does not depend on the card
-# Launch settings, first guesses that no card has timed yet (bench/probe.py does).
-# state: rows, warps, stages; apply: rows, tiles, warps, stages; depthwise: rows, columns, channels, warps.
-TUNING = {"state": (64, 8, 2), "apply": (64, 4, 8, 2), "depthwise": (2, 64, 32, 8)}
+# Launch settings, timed on an H200 by bench/probe.py. norm, residual, rms: tokens a program, warps; taps: tokens, channels,
+# warps; state: tokens, warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU.
+TUNING = {
+    "norm": (4, 4), "residual": (4, 4), "rms": (4, 4), "taps": (8, 256, 4), "state": (64, 4, 2), "apply": (64, 4, 4, 2),
+    "depthwise": (128, 2, "pair"),
+}
+# Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps, chosen by the
+# compiler's report of spilled registers and timed by nobody yet.
+SMALLER = {"state": (32, 8, 2), "apply": (32, 8, 8, 2)}
 
 
-def _kernels():
-    return import_module(".kernels", __package__)
+def _setting(name: str, x: Tensor) -> tuple:
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return TUNING[name] if hopper else SMALLER.get(name, TUNING[name])
+
+
+def _kernels(name: str = "kernels"):
+    return import_module(f".{name}", __package__)
 
 
 def self_test(device: torch.device) -> None:
     """Build and run the smallest kernel; raises when that fails or gives a wrong value."""
     x, out = torch.full((1, 16), 2.0, device=device), torch.zeros(1, device=device)
     with torch.cuda.device_of(x):
-        _kernels().inverse_rms_kernel[(1,)](x, out, 16, 16, 0.0, BLOCK=16, num_warps=4)
+        _kernels().rms_kernel[(1,)](x, x, out, 1, 16, 0.0, C=16, MAIN=16, REST=0, TOKENS=1, WHOLE=False, num_warps=4)
     if abs(float(out) - 0.5) > 1e-6:
         raise RuntimeError(f"a kernel gave {float(out)} instead of 0.5")
 
@@ -39,19 +50,76 @@ def _block(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def _row(channels: int) -> dict[str, int]:
+    """How a kernel reads a row of channels: a power of two of them, and the power of two that holds the rest."""
+    main = 1 << (channels.bit_length() - 1)
+    rest = channels - main
+    return {"C": channels, "MAIN": main, "REST": 1 << (rest - 1).bit_length() if rest else 0}
+
+
+def _modulation(x: Tensor, *rows: Tensor) -> tuple[list[Tensor], int]:
+    """Rows ``[B, F, C]`` of one layout, and the step from one row to the next through all of B and F."""
+    batch, frames = x.shape[0], rows[0].shape[1]
+    rows = [r.expand(batch, -1, -1) for r in rows]
+    outer, inner, last = rows[0].stride()
+    if any(r.stride() != rows[0].stride() for r in rows) or last != 1 or (batch > 1 and frames > 1 and outer != frames * inner):
+        rows = [r.contiguous() for r in rows]
+        outer, inner, _ = rows[0].stride()
+    return rows, inner if frames > 1 else outer
+
+
+def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tensor | None, shift: Tensor | None,
+                   scale: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor | None]:
+    """``x + gate * (y + extra)`` when there is y, and its modulated norm when there is a scale."""
+    x, y, extra = (None if t is None else t.contiguous() for t in (x, y, extra))
+    batch, tokens, channels = x.shape
+    given = [r for r in (gate, shift, scale) if r is not None]
+    rows, stride = _modulation(x, *given) if given else ([], 0)
+    frames = rows[0].shape[1] if rows else 1
+    gate = rows.pop(0) if gate is not None else None
+    shift, scale = rows or (None, None)
+    out = None if y is None else torch.empty_like(x)
+    normed = None if scale is None else torch.empty_like(x)
+    block, warps = TUNING["residual" if scale is None else "norm"]
+    each = tokens // frames
+    used = (x if t is None else t for t in (y, extra, gate, shift, scale, out, normed))  # what is not there is not touched
+    with torch.cuda.device_of(x):
+        _kernels().residual_norm_kernel[(-(-each // block), batch * frames)](
+            x, *used, each, stride, eps, **_row(channels), TOKENS=block, HAS_Y=y is not None, HAS_EXTRA=extra is not None,
+            HAS_GATE=gate is not None, HAS_NORM=scale is not None, num_warps=warps)
+    return out, normed
+
+
 def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """See ``reference.modulate_norm``; one read, one write, one rounding."""
-    x = x.contiguous()
-    batch, tokens, channels = x.shape
-    rows = shift.shape[1]
-    if shift.stride() != scale.stride() or shift.stride(-1) != 1 or (batch > 1 and shift.stride(0) != rows * shift.stride(1)):
-        shift, scale = shift.contiguous(), scale.contiguous()
-    stride = shift.stride(1) if rows > 1 or batch == 1 else shift.stride(0)
-    out = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _kernels().modulate_norm_kernel[(batch * tokens,)](
-            x, shift, scale, out, tokens // rows, channels, stride, eps, BLOCK=_block(channels), num_warps=4)
+    return _residual_norm(x, None, None, None, shift, scale, eps)[1]
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, extra: Tensor | None = None) -> Tensor:
+    """See ``reference.gated_residual``; one pass, one rounding."""
+    return _residual_norm(x, y, extra, gate, None, None, 0.0)[0]
+
+
+def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """See ``reference.residual_norm``; one pass. The norm is that of the sum before it is rounded."""
+    return _residual_norm(x, y, None, None, shift, scale, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ``reference.rms_norm``; one read, one write."""
+    out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    _rms(x.flatten(0, -2), weight.contiguous(), out, eps, True)
     return out
+
+
+def _rms(rows: Tensor, weight: Tensor, out: Tensor, eps: float, whole: bool) -> None:
+    """The norm of ``rows [N, C]`` (whole), or the inverse root alone (``[N]``), into ``out``."""
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    block, warps = TUNING["rms"]
+    with torch.cuda.device_of(rows):
+        _kernels().rms_kernel[(-(-rows.shape[0] // block),)](
+            rows, weight, out, rows.shape[0], rows.stride(0), eps, **_row(rows.shape[1]), TOKENS=block, WHOLE=whole,
+            num_warps=warps)
 
 
 def linear_attention(
@@ -59,7 +127,7 @@ def linear_attention(
     history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
 ) -> tuple[Tensor, Contribution]:
     """See ``reference.linear_attention`` (``quality``). Operands of the two products are rounded to the dtype of qkv."""
-    qkv = qkv.contiguous()
+    qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim = width // heads
     splits = -(-tokens // SPLIT_TOKENS)
@@ -70,68 +138,51 @@ def linear_attention(
     out = torch.empty(batch, tokens, width, device=qkv.device, dtype=qkv.dtype)
     kernels = _kernels()
     sizes = {"OPERAND": kernels.operand(qkv.dtype), "D": dim, "BLOCK_D": _block(dim)}
-    rows, warps, stages = TUNING["state"]
+    rows, warps, stages = _setting("state", qkv)
     with torch.cuda.device_of(qkv):
-        kernels.inverse_rms_kernel[(batch * tokens,)](
-            qkv[..., width:], inverse, width, 3 * width, norm_eps, BLOCK=_block(width), num_warps=4)
-        kernels.attention_state_kernel[(splits, batch * heads)](
+        _rms(qkv[..., width:2 * width].flatten(0, 1), k_weight, inverse, norm_eps, False)
+        kernels.attention_state_kernel[(batch * heads, splits)](
             qkv, inverse, k_weight, cos, sin, vk, ksum, tokens, heads, **sizes, ROWS=rows, STEPS=SPLIT_TOKENS // rows,
             num_warps=warps, num_stages=stages)
         own = Contribution(vk.sum(2), ksum.sum(2)[:, :, None])
         total = own if history is None else Contribution(own.vk + history.vk, own.ksum + history.ksum)
-        rows, tiles, warps, stages = TUNING["apply"]
-        kernels.attention_apply_kernel[(-(-tokens // (rows * tiles)), batch * heads)](
+        rows, tiles, warps, stages = _setting("apply", qkv)
+        kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
             qkv, q_weight, cos, sin, total.vk.contiguous(), total.ksum.contiguous(), out, tokens, heads, eps,
             **sizes, ROWS=rows, TILES=tiles, num_warps=warps, num_stages=stages)
     return out, own
 
 
 def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False) -> Tensor:
-    """See ``reference.gated_depthwise``."""
-    x = F.silu(x, inplace=True) if overwrite else F.silu(x)
-    return depthwise_glu(x.contiguous(), weight, bias, grid)
-
-
-def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """Depthwise 3x3 and gate of activations ``x [B', N, 2E]`` that have had their SiLU -> ``[B', N, E]``."""
+    """See ``reference.gated_depthwise``; one pass, x is left as it is."""
+    x = x.contiguous()
     batch, tokens, channels = x.shape
     height, width = grid
     hidden, frames = channels // 2, batch * tokens // (height * width)
-    block_h, block_w, block_c, warps = TUNING["depthwise"]
-    block_w = min(block_w, _block(width))
-    strips, columns = -(-height // block_h), -(-width // block_w)
+    block, warps, form = TUNING["depthwise"]
+    kernels = _kernels("kernels_depthwise")
+    strips = -(-width // kernels.COLUMNS)
     taps = weight.reshape(channels, 9).t().contiguous()
     out = torch.empty(batch, tokens, hidden, device=x.device, dtype=x.dtype)
     with torch.cuda.device_of(x):
-        _kernels().gated_depthwise_kernel[(-(-hidden // block_c), frames * strips * columns)](
-            x, taps, taps if bias is None else bias, out, height, width, hidden, strips, columns,
-            HAS_BIAS=bias is not None, BLOCK_H=block_h, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=warps)
+        kernels.gated_depthwise_kernel[(-(-hidden // block) * strips * frames,)](
+            x, taps, taps if bias is None else bias.contiguous(), out, height, width, strips, HIDDEN=hidden,
+            HAS_BIAS=bias is not None, BLOCK_C=block, FORM=kernels.silu_form(form), num_warps=warps)
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See ``reference.rms_norm``; torch's fused kernel (float32 inside). It wants a weight of the dtype of x."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-
-
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """See ``reference.gated_residual``; one pass."""
-    rows = gate.shape[1]
-    return torch.addcmul(x.unflatten(1, (rows, -1)), gate[:, :, None], y.unflatten(1, (rows, -1))).flatten(1, 2)
-
-
 def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See ``reference.temporal_taps``; every value is written once."""
-    x = u.unflatten(1, (frames, -1))
-    channels = u.shape[-1]
-    taps = u.new_empty(*x.shape[:-1], 3 * channels)
-    before, same, after = taps.split(channels, -1)
-    same.copy_(x)
-    before[:, 1:].copy_(x[:, :-1])
-    after[:, :-1].copy_(x[:, 1:])
-    before[:, :1] = 0 if tail is None else tail.to(u)
-    after[:, -1:] = 0
-    return taps.flatten(1, 2), x[:, -1:]
+    """See ``reference.temporal_taps``; every value is read once."""
+    u = u.contiguous()
+    batch, tokens, channels = u.shape
+    size = tokens // frames
+    taps = torch.empty(batch, tokens, 3 * channels, device=u.device, dtype=u.dtype)
+    rows, block, warps = TUNING["taps"]
+    with torch.cuda.device_of(u):
+        _kernels().temporal_taps_kernel[(-(-channels // block), -(-size // rows), batch * frames)](
+            u, u if tail is None else tail.to(u).contiguous(), taps, frames, size, C=channels, ROWS=rows,
+            BLOCK_C=min(block, _block(channels)), HAS_TAIL=tail is not None, num_warps=warps)
+    return taps, u.unflatten(1, (frames, -1))[:, -1:]
 
 
 def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parity=False, **_) -> str | None:
@@ -143,21 +194,10 @@ def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parit
     return None if dim <= 128 else f"holds a head of at most 128 channels, this one has {dim}"
 
 
-def _has_weight(x, weight, eps) -> str | None:
-    return "needs a weight" if weight is None else None
-
-
-def _one_dtype(x, y, gate) -> str | None:
-    return None if x.dtype == y.dtype == gate.dtype else "needs inputs of one dtype"
-
-
 def register(operators: dict) -> None:
-    """Add these functions to the operators as backends 'triton' and 'torch-fused'."""
-    card = {"devices": ("cuda",), "inference_only": True}
-    triton = {**card, "triton": True, "capability": (8, 0), "dtypes": (torch.bfloat16,)}
-    operators["modulate_norm"].add("triton", modulate_norm, Constraint(**triton))
-    operators["linear_attention"].add("triton", linear_attention, Constraint(**triton, check=_not_parity))
-    operators["gated_depthwise"].add("triton", gated_depthwise, Constraint(**triton))
-    operators["rms_norm"].add("torch-fused", rms_norm, Constraint(**card, check=_has_weight))
-    operators["gated_residual"].add("torch-fused", gated_residual, Constraint(**card, check=_one_dtype))
-    operators["temporal_taps"].add("torch-fused", temporal_taps, Constraint(**card))
+    """Add these functions to the operators as backend 'triton'."""
+    needs = {"devices": ("cuda",), "inference_only": True, "triton": True, "capability": (8, 0), "dtypes": (torch.bfloat16,)}
+    checks = {"linear_attention": _not_parity, "rms_norm": has_weight, "temporal_taps": None}
+    for function in (modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps):
+        name = function.__name__
+        operators[name].add("triton", function, Constraint(**needs, check=checks.get(name, one_dtype)))

@@ -1,8 +1,11 @@
-"""Triton kernels of the network's memory-bound operators. Import only where Triton is there; called by ``fused.py``.
+"""Triton kernels that pass over the tokens: residuals and norms, temporal neighbours, linear attention.
 
-All sums, norms, rotations and denominators are float32; only the operands of matrix products and the results are rounded
-to the model dtype (performance spec 4: accuracy). Sums over tokens are split in a way that depends on shapes alone and
-reduced in a fixed order, so a result repeats bit for bit.
+Import only where Triton is there; called by ``fused.py``. All sums, norms, rotations and denominators are float32; only
+the operands of matrix products and the results are rounded to the model dtype (performance spec 4: accuracy). Sums over
+tokens are split in a way that depends on shapes alone and reduced in a fixed order, so a result repeats bit for bit.
+
+A row of C channels is read as MAIN channels and REST more (both powers of two, REST may be 0): one power of two that holds
+2240 would leave almost half of the threads without work. Counts of tokens are not specialised: one build serves all sizes.
 """
 
 from __future__ import annotations
@@ -17,29 +20,134 @@ def operand(dtype):
 
 
 @triton.jit
-def modulate_norm_kernel(x, shift, scale, out, tokens_per_row, channels, row_stride, eps, BLOCK: tl.constexpr):
-    """One token a program: LayerNorm, ``* (1 + scale) + shift`` with the modulation row of the token's frame."""
-    token = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    inside = c < channels
-    value = tl.load(x + token * channels + c, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(value, 0) / channels
-    centred = tl.where(inside, value - mean, 0.0)
-    inverse = tl.rsqrt(tl.sum(centred * centred, 0) / channels + eps)
-    row = (token // tokens_per_row) * row_stride
-    gain = tl.load(scale + row + c, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + row + c, mask=inside, other=0.0).to(tl.float32)
-    result = centred * inverse * (1.0 + gain) + offset
-    tl.store(out + token * channels + c, result.to(out.dtype.element_ty), mask=inside)
+def _float(at, inside):
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def inverse_rms_kernel(x, out, channels, stride, eps, BLOCK: tl.constexpr):
-    """``1 / sqrt(mean(x^2) + eps)`` of one token's channels a program."""
-    token = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    value = tl.load(x + token * stride + c, mask=c < channels, other=0.0).to(tl.float32)
-    tl.store(out + token, tl.rsqrt(tl.sum(value * value, 0) / channels + eps))
+def _residual(x, y, extra, gate, at, inside, HAS_Y: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr):
+    """``x + gate * (y + extra)`` at ``at``, with what is there; float32."""
+    value = _float(x + at, inside)
+    if HAS_Y:
+        more = _float(y + at, inside)
+        if HAS_EXTRA:
+            more += _float(extra + at, inside)
+        value += more * gate if HAS_GATE else more
+    return value
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def residual_norm_kernel(
+    x, y, extra, gate, shift, scale, out, normed, tokens, row_stride, eps,
+    C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, HAS_Y: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
+):
+    """``out = x + gate * (y + extra)`` and ``normed = LayerNorm(out) * (1 + scale) + shift``, or one of the two.
+
+    TOKENS tokens of one modulation row (``tokens`` of them each) a program. The norm is that of the float32 sum.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    a = tl.arange(0, MAIN)
+    real_a = a < C
+    b = MAIN + tl.arange(0, REST if REST else 1)
+    real_b = b < C
+    place = row * row_stride
+    gate_a, gate_b = 1.0, 1.0
+    if HAS_GATE:
+        gate_a = _float(gate + place + a, real_a)
+        gate_b = _float(gate + place + b, real_b)
+    if HAS_NORM:
+        gain_a, gain_b = 1.0 + _float(scale + place + a, real_a), 1.0 + _float(scale + place + b, real_b)
+        offset_a, offset_b = _float(shift + place + a, real_a), _float(shift + place + b, real_b)
+    for i in range(TOKENS):
+        token = tl.program_id(0) * TOKENS + i
+        here = token < tokens
+        start = (row * tokens + token) * C
+        inside_a = real_a & here
+        value_a = _residual(x, y, extra, gate_a, start + a, inside_a, HAS_Y, HAS_EXTRA, HAS_GATE)
+        if REST:
+            inside_b = real_b & here
+            value_b = _residual(x, y, extra, gate_b, start + b, inside_b, HAS_Y, HAS_EXTRA, HAS_GATE)
+        if HAS_Y:
+            tl.store(out + start + a, value_a.to(out.dtype.element_ty), mask=inside_a)
+            if REST:
+                tl.store(out + start + b, value_b.to(out.dtype.element_ty), mask=inside_b)
+        if HAS_NORM:
+            total = tl.sum(value_a, 0)
+            if REST:
+                total += tl.sum(value_b, 0)
+            mean = total / C
+            value_a = tl.where(real_a, value_a - mean, 0.0)
+            squares = tl.sum(value_a * value_a, 0)
+            if REST:
+                value_b = tl.where(real_b, value_b - mean, 0.0)
+                squares += tl.sum(value_b * value_b, 0)
+            inverse = tl.rsqrt(squares / C + eps)
+            tl.store(normed + start + a, (value_a * inverse * gain_a + offset_a).to(normed.dtype.element_ty), mask=inside_a)
+            if REST:
+                tl.store(normed + start + b, (value_b * inverse * gain_b + offset_b).to(normed.dtype.element_ty), mask=inside_b)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def rms_kernel(
+    x, weight, out, tokens, stride, eps,
+    C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, WHOLE: tl.constexpr,
+):
+    """``1 / sqrt(mean(x^2) + eps)`` of each token into ``out [tokens]``; WHOLE: x times it times weight, ``[tokens, C]``."""
+    a = tl.arange(0, MAIN)
+    real_a = a < C
+    b = MAIN + tl.arange(0, REST if REST else 1)
+    real_b = b < C
+    if WHOLE:
+        weight_a, weight_b = _float(weight + a, real_a), _float(weight + b, real_b)
+    for i in range(TOKENS):
+        token = (tl.program_id(0) * TOKENS + i).to(tl.int64)
+        here = token < tokens
+        value_a = _float(x + token * stride + a, real_a & here)
+        squares = tl.sum(value_a * value_a, 0)
+        if REST:
+            value_b = _float(x + token * stride + b, real_b & here)
+            squares += tl.sum(value_b * value_b, 0)
+        inverse = tl.rsqrt(squares / C + eps)
+        if WHOLE:
+            goal = out + token * C
+            tl.store(goal + a, (weight_a * (value_a * inverse)).to(out.dtype.element_ty), mask=real_a & here)
+            if REST:
+                tl.store(goal + b, (weight_b * (value_b * inverse)).to(out.dtype.element_ty), mask=real_b & here)
+        else:
+            tl.store(out + token, inverse, mask=here)
+
+
+@triton.jit(do_not_specialize=["frames", "size"])
+def temporal_taps_kernel(
+    u, tail, out, frames, size,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TAIL: tl.constexpr,
+):
+    """Every value of ``u [B, frames, size, C]`` read once and written into the thirds of three frames' tokens.
+
+    Programs: channels, tokens of a frame, frames of the batch. The ends get ``tail`` (or zeros) and zeros.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    which = tl.program_id(2).to(tl.int64)
+    frame = which % frames
+    inside = (token < size)[:, None] & (c < C)[None, :]
+    value = tl.load(u + (which * size + token)[:, None] * C + c[None, :], mask=inside, other=0.0)
+    goal = out + (which * size + token)[:, None] * (3 * C) + c[None, :]
+    after = out + ((which + 1) * size + token)[:, None] * (3 * C) + c[None, :]
+    before = out + ((which - 1) * size + token)[:, None] * (3 * C) + c[None, :]
+    tl.store(goal + C, value, mask=inside)
+    tl.store(after, value, mask=inside & (frame + 1 < frames))
+    tl.store(before + 2 * C, value, mask=inside & (frame > 0))
+    nothing = tl.zeros((ROWS, BLOCK_C), out.dtype.element_ty)
+    if frame == 0:
+        left = nothing
+        if HAS_TAIL:
+            at = tail + ((which // frames) * size + token)[:, None] * C + c[None, :]
+            left = tl.load(at, mask=inside, other=0.0).to(out.dtype.element_ty)
+        tl.store(goal, left, mask=inside)
+    if frame == frames - 1:
+        tl.store(goal + 2 * C, nothing, mask=inside)
 
 
 @triton.jit
@@ -54,13 +162,16 @@ def _rotated(feature, cos, sin, n, valid, HALF: tl.constexpr, ROWS: tl.constexpr
     return tl.reshape(tl.join(a * c - b * s, a * s + b * c), (ROWS, 2 * HALF_BLOCK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_state_kernel(
     qkv, inverse, weight, cos, sin, vk, ksum, tokens, heads,
     OPERAND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):
-    """Partial sums over one split (ROWS * STEPS tokens) of one head: v k'^T ``[D, D]`` (rotated keys) and the keys ``[D]``."""
-    split, splits, row = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    """Partial sums over one split (ROWS * STEPS tokens) of one head: v k'^T ``[D, D]`` (rotated keys) and the keys ``[D]``.
+
+    Heads come first in the grid, so that what runs at one time reads whole tokens and shares the rotary table.
+    """
+    row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, head = (row // heads).to(tl.int64), row % heads
     width = heads * D
     d = tl.arange(0, BLOCK_D)
@@ -86,7 +197,7 @@ def attention_state_kernel(
     tl.store(ksum + place * D + d, keys, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_apply_kernel(
     qkv, weight, cos, sin, vk, ksum, out, tokens, heads, eps,
     OPERAND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
@@ -95,7 +206,7 @@ def attention_apply_kernel(
 
     The q norm's 1 / rms is a positive factor of both parts and left out (performance spec 4, identity a).
     """
-    row = tl.program_id(1)
+    row = tl.program_id(0)
     batch, head = (row // heads).to(tl.int64), row % heads
     width = heads * D
     d = tl.arange(0, BLOCK_D)
@@ -105,7 +216,7 @@ def attention_apply_kernel(
     square = row.to(tl.int64) * D * D + d[:, None] * D + d[None, :]
     state = tl.load(vk + square, mask=real[:, None] & real[None, :], other=0.0).to(OPERAND)
     for tile in range(TILES):
-        n = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        n = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         valid = n < tokens
         at = (batch * tokens + n)[:, None]
         inside = valid[:, None] & real[None, :]
@@ -116,44 +227,3 @@ def attention_apply_kernel(
         above = tl.dot(turned.to(OPERAND), tl.trans(state), input_precision="ieee")
         result = (above / below[:, None]).to(out.dtype.element_ty)
         tl.store(out + at * width + head * D + d[None, :], result, mask=inside)
-
-
-@triton.jit
-def gated_depthwise_kernel(
-    x, taps, bias, out, height, width, hidden, strips, column_blocks,
-    HAS_BIAS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-):
-    """Depthwise 3x3 of the value channels and the matching gate channels, then value * SiLU(gate).
-
-    x ``[frames, height, width, 2 * hidden]`` (already activated), taps ``[9, 2 * hidden]``. A program makes BLOCK_H rows of
-    BLOCK_W pixels: the nine reads of a value fall into the first-level cache. Taps are read where they are used, because
-    kept ones would not fit the registers.
-    """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    place = tl.program_id(1)
-    column, place = place % column_blocks, place // column_blocks
-    strip, frame = place % strips, (place // strips).to(tl.int64)
-    pixel = tl.arange(0, BLOCK_H * BLOCK_W)
-    h, w = strip * BLOCK_H + pixel // BLOCK_W, column * BLOCK_W + pixel % BLOCK_W
-    real = c < hidden
-    channels = 2 * hidden
-    a = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
-    g = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_C), tl.float32)
-    if HAS_BIAS:
-        a += tl.load(bias + c, mask=real, other=0.0).to(tl.float32)[None, :]
-        g += tl.load(bias + hidden + c, mask=real, other=0.0).to(tl.float32)[None, :]
-    for dh in tl.static_range(3):
-        for dw in tl.static_range(3):
-            row, col = h + dh - 1, w + dw - 1
-            seen = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-            inside = seen[:, None] & real[None, :]
-            at = x + ((frame * height + row) * width + col)[:, None] * channels + c[None, :]
-            tap = taps + (dh * 3 + dw) * channels + c
-            tap_a = tl.load(tap, mask=real, other=0.0).to(tl.float32)
-            tap_g = tl.load(tap + hidden, mask=real, other=0.0).to(tl.float32)
-            a += tl.load(at, mask=inside, other=0.0).to(tl.float32) * tap_a[None, :]
-            g += tl.load(at + hidden, mask=inside, other=0.0).to(tl.float32) * tap_g[None, :]
-    result = a * (g / (1.0 + tl.exp(-g)))
-    goal = out + ((frame * height + h) * width + w)[:, None] * hidden + c[None, :]
-    keep = ((h < height) & (w < width))[:, None] & real[None, :]
-    tl.store(goal, result.to(out.dtype.element_ty), mask=keep)

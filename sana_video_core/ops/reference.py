@@ -46,9 +46,16 @@ def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) ->
     return (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``x + gate * y`` with gate rows ``[B, F, C]``."""
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, extra: Tensor | None = None) -> Tensor:
+    """``x + gate * y``, or ``x + gate * (y + extra)``, with gate rows ``[B, F, C]``."""
+    y = y if extra is None else y + extra
     return (_per_frame(x, gate) + gate[:, :, None] * _per_frame(y, gate)).flatten(1, 2)
+
+
+def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """``x + y`` and its :func:`modulate_norm`."""
+    total = x + y
+    return total, modulate_norm(total, shift, scale, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -42,6 +42,21 @@ def triton_fault(device: torch.device) -> str | None:
     return None
 
 
+def _machine_refusal(device: str, triton: bool, capability: tuple[int, int]) -> str | None:
+    """Reason why this machine cannot do what a backend needs on ``device``, or None."""
+    if triton and (missing := triton_missing()):
+        return missing
+    if not device.startswith("cuda"):
+        return None
+    if torch.cuda.get_device_capability(device) < capability:
+        return f"needs compute capability {'.'.join(map(str, capability))}"
+    return triton_fault(torch.device(device)) if triton else None
+
+
+# torch.compiler.assume_constant_result sets the same mark, but loads the whole compiler to do so.
+_machine_refusal._dynamo_marked_constant = True
+
+
 @dataclass(frozen=True)
 class Constraint:
     """What a backend needs, as data. ``check`` looks at the call's arguments and returns a reason to refuse, or None."""
@@ -55,16 +70,12 @@ class Constraint:
 
     def refusal(self, x: torch.Tensor, args: tuple, kwargs: dict) -> str | None:
         """The first reason why a call with first tensor ``x`` cannot run here, or None."""
-        if self.triton and (missing := triton_missing()):
-            return missing
         if x.device.type not in self.devices:
             return f"needs {' or '.join(self.devices)}, the input is on {x.device.type}"
         if x.dtype not in self.dtypes:
             return f"does not support {x.dtype}"
-        if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < self.capability:
-            return f"needs compute capability {'.'.join(map(str, self.capability))}"
-        if self.triton and x.device.type == "cuda" and (fault := triton_fault(x.device)):
-            return fault
+        if reason := _machine_refusal(str(x.device), self.triton, self.capability):
+            return reason
         if self.inference_only and torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         ):
@@ -74,11 +85,15 @@ class Constraint:
 
 @dataclass
 class Operator:
-    """A named function with a reference and any number of backends, tried in the order they were added."""
+    """A named function with a reference and any number of backends, tried in the order they were added.
+
+    ``compiled``: what stands for a backend inside a graph of torch.compile, which fuses the other ones' plain functions itself.
+    """
 
     name: str
     reference: Callable
     backends: dict[str, tuple[Callable, Constraint]] = field(default_factory=dict)
+    compiled: dict[str, Callable] = field(default_factory=dict)
     forced: str | None = None
 
     def add(self, backend: str, function: Callable, constraint: Constraint) -> None:
@@ -102,9 +117,12 @@ class Operator:
         return "reference", self.reference, reasons
 
     def __call__(self, *args, **kwargs):
-        if not self.backends or self.forced == "reference" or torch.compiler.is_compiling():
-            return self.reference(*args, **kwargs)  # a compiler fuses the plain functions itself
-        return self.choose(*args, **kwargs)[1](*args, **kwargs)
+        if not self.backends or self.forced == "reference":
+            return self.reference(*args, **kwargs)
+        name, function, _ = self.choose(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            function = self.compiled.get(name, self.reference)
+        return function(*args, **kwargs)
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -1,5 +1,5 @@
 """The recurrent state: everything that has to be known of the past to continue a video."""
 
-from .recurrent import STATE_VERSION, LayerState, RecurrentState, Undo, check_fits, layers_on, tensors
+from .recurrent import STATE_VERSION, LayerState, RecurrentState, Undo, check_fits, layers_on, map_tensors, tensors
 
-__all__ = ["STATE_VERSION", "LayerState", "RecurrentState", "Undo", "check_fits", "layers_on", "tensors"]
+__all__ = ["STATE_VERSION", "LayerState", "RecurrentState", "Undo", "check_fits", "layers_on", "map_tensors", "tensors"]

@@ -123,7 +123,7 @@ class RecurrentState(NamedTuple):
 
     def to(self, device: torch.device | str, copy: bool = False) -> RecurrentState:
         """The same state with its tensors on ``device`` (fresh tensors when ``copy``)."""
-        return _map(self, lambda t: t.to(device, copy=copy))
+        return map_tensors(self, lambda t: t.to(device, copy=copy))
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -154,12 +154,12 @@ def _add(total: tuple[LayerState, ...], own: tuple[LayerState, ...]) -> tuple[La
     return tuple(LayerState(t.vk + o.vk, t.ksum + o.ksum, o.tail) for t, o in zip(total, own, strict=True))
 
 
-def _map(value, function):
+def map_tensors(value, function):
     """``value`` with ``function`` applied to every tensor inside (nested) tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
-        items = [_map(v, function) for v in value]
+        items = [map_tensors(v, function) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
@@ -167,13 +167,13 @@ def _map(value, function):
 def tensors(value) -> list[Tensor]:
     """All tensors inside (nested) tuples, in order."""
     found: list[Tensor] = []
-    _map(value, lambda t: found.append(t) or t)
+    map_tensors(value, lambda t: found.append(t) or t)
     return found
 
 
 def layers_on(state: RecurrentState, device: torch.device | str) -> tuple[LayerState, ...]:
     """The sums and tails only, on ``device``."""
-    return _map(state.layers, lambda t: t.to(device))
+    return map_tensors(state.layers, lambda t: t.to(device))
 
 
 def check_fits(

@@ -119,6 +119,7 @@ class Graphed:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = self.work(*self.inputs)
             self.loss.backward()
+        self.grads = [p.grad for p in self.parameters]
 
     def _forget(self) -> None:
         for p in self.parameters:
@@ -132,6 +133,8 @@ class Graphed:
             return loss.detach()
         torch._foreach_copy_(self.inputs, list(tensors))
         self.graph.replay()
+        for p, grad in zip(self.parameters, self.grads, strict=True):  # another graph may have put its own there
+            p.grad = grad
         return self.loss.detach().clone()
 
 

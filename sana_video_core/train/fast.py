@@ -7,7 +7,7 @@ shifted products was tried too and not used: see the CHANGELOG.) Not covered: in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,16 +23,20 @@ def full_precision_attention(qkv: Tensor, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def training_operators() -> Iterator[None]:
-    """Within the block the network uses the forms above."""
-    attention = ops.OPERATORS["linear_attention"]
-    before = {name: op.backends for name, op in ops.OPERATORS.items()}
-    for op in ops.OPERATORS.values():
-        op.backends = {}
-    attention.reference = full_precision_attention
+def replaced_operators(**forms: Callable) -> Iterator[None]:
+    """Within the block no operator has backends, and the named ones run these functions."""
+    before = {name: (op.reference, op.backends) for name, op in ops.OPERATORS.items()}
+    for name, op in ops.OPERATORS.items():
+        op.reference, op.backends = forms.get(name, op.reference), {}
     try:
         yield
     finally:
-        attention.reference = reference.linear_attention
-        for name, backends in before.items():
-            ops.OPERATORS[name].backends = backends
+        for name, (function, backends) in before.items():
+            ops.OPERATORS[name].reference, ops.OPERATORS[name].backends = function, backends
+
+
+@contextlib.contextmanager
+def training_operators() -> Iterator[None]:
+    """Within the block the network uses the forms above."""
+    with replaced_operators(linear_attention=full_precision_attention):
+        yield

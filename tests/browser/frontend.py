@@ -22,12 +22,15 @@ NOISE = ("is deprecated", "graph accessed before initialization", "Content Secur
 
 
 # The names in our workflows. Only the names matter to the browser; the files stay empty and are never run.
-PLACEHOLDERS = ("models/diffusion_models/SANA_Video_2B_480p.pth", "models/text_encoders/gemma_2_2b_it_elm_bf16.safetensors",
-                "models/vae/wan_2.1_vae.safetensors")
+PLACEHOLDERS = ("models/diffusion_models/SANA_Video_2B_480p.pth", "models/diffusion_models/SANA_Video_2B_480p_LongLive.pth",
+                "models/text_encoders/gemma_2_2b_it_elm_bf16.safetensors", "models/vae/wan_2.1_vae.safetensors",
+                "output/sana_video_states/long_video_chain_00001.safetensors")
 
 
 def placeholder_models(base: Path) -> None:
-    """Empty files under the names that the 480p workflows use, and the picture that ComfyUI ships as an example."""
+    """Empty files under the names that the 480p workflows use; a picture and a clip that the browser can show."""
+    import av
+    import numpy as np
     from PIL import Image
 
     for name in PLACEHOLDERS:
@@ -35,6 +38,14 @@ def placeholder_models(base: Path) -> None:
         (base / name).touch()
     (base / "input").mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (832, 480), (70, 110, 150)).save(base / "input" / "example.png")
+    with av.open(str(base / "input" / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 416, 240, "yuv420p"
+        for number in range(17):
+            picture = np.full((240, 416, 3), (70, 110, 150), np.uint8)
+            picture[80:160, 10 * number:10 * number + 80] = (230, 180, 90)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def post(url: str, body: dict) -> None:
@@ -123,6 +134,12 @@ class Frontend:
             return {x: x0, y: y0, width: x1 - x0, height: y1 - y0}; }""")
         self.page.screenshot(path=str(path), type="jpeg", quality=88, clip=box)
         style.evaluate("(node) => node.remove()")
+
+    def set(self, kind: str, **values) -> None:
+        """Put values into the widgets of all nodes of a type."""
+        self.value("""([kind, values]) => { for (const node of app.graph.nodes.filter(n => n.type === kind))
+            for (const [name, value] of Object.entries(values)) node.widgets.find(w => w.name === name).value = value;
+            return 1; }""", [kind, values])
 
     def press_run(self) -> None:
         """Click the Run button, as the artist does."""

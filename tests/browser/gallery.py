@@ -1,5 +1,6 @@
 """What our workflows consist of, as data: nodes in columns, links by name, notes. ``save_workflows.py`` builds them in the
-real frontend and saves what the frontend writes. Not covered: node sizes and saved positions (measured in the browser).
+real frontend and saves what the frontend writes. Here: the parts, and the workflows of clips; those of long video are in
+``gallery_long.py``. Not covered: node sizes and saved positions (measured in the browser).
 """
 
 from __future__ import annotations
@@ -43,18 +44,19 @@ def note(text: str, size: tuple[int, int]) -> Item:
     return Item("note", "MarkdownNote", {"": text.strip()}, size=size, title="Read me")
 
 
-def loader(model: str, files: tuple = ()) -> Item:
+def loader(model: str, files: tuple = (), mode: str = "auto") -> Item:
     names = {folder: name for name, folder, _ in files}
     return Item("load", "SanaVideoLoader", {
-        "model": model, "precision": "auto", "mode": "auto", "text_encoder": names.get("text_encoders", "none"),
+        "model": model, "precision": "auto", "mode": mode, "text_encoder": names.get("text_encoders", "none"),
         "vae": names.get("vae", "none")}, size=(380, 0), files=files)
 
 
-def prompt(text: str, motion: int, negative: str | None = None, height: int = 430) -> Item:
+def prompt(text: str, motion: int, negative: str | None = None, height: int = 430, key: str = "text",
+           title: str | None = None) -> Item:
     """``negative`` None keeps the node's own default, which is the official negative prompt."""
     more = {} if negative is None else {"negative_prompt": negative}
-    return Item("text", "SanaVideoTextEncode", {"prompt": text, "motion_score": motion, **more},
-                {"clip": ("load", "clip")}, size=(440, height))
+    return Item(key, "SanaVideoTextEncode", {"prompt": text, "motion_score": motion, **more},
+                {"clip": ("load", "clip")}, title, (440, height))
 
 
 def canvas(width: int, height: int, frames: int = 81) -> Item:

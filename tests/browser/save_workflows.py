@@ -1,4 +1,4 @@
-"""Build the workflows of ``gallery.py`` in the real frontend and save what it exports: ``save_workflows.py [NAME ...]``.
+"""Build the workflows of the gallery in the real frontend and save what it exports: ``save_workflows.py [NAME ...]``.
 
 Writes ``workflows/NAME.json`` and, as the thumbnail, a picture of the graph (``workflows/NAME.jpg``) unless one is there
 already. For developers; needs what the browser tests need.
@@ -17,12 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # for ``tools``; ComfyUI runs in another process, so its nodes.py is not hidden
 
 from frontend import FLAGS, SIZE, Frontend, placeholder_models  # noqa: E402
-from gallery import COLOURS, WORKFLOWS, Column  # noqa: E402
+from gallery import COLOURS, Column  # noqa: E402
+from gallery import WORKFLOWS as CLIPS  # noqa: E402
+from gallery_long import WORKFLOWS as LONG  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 from tools import browser, environment  # noqa: E402
 from tools.server import ComfyServer  # noqa: E402
 
+WORKFLOWS = CLIPS | LONG
 WORKFLOW_FOLDER = ROOT / "workflows"
 VERSION = "0.1.0"
 GAP, COLUMN_GAP, FRAME = 50, 90, 24  # graph units: between nodes, between columns, between a group's edge and its nodes

@@ -111,10 +111,12 @@ def test_states_of_consumers_share_nothing_that_is_written(world):
     assert again.ok and all(torch.equal(a, b) for a, b in zip(copies, core("state").tensors(state), strict=True))
     first = latent_of(outcome, "6").clone()
     with torch.inference_mode():
-        for t in core("state").tensors(outcome.output("6", 1)):
-            t.zero_()  # a bad consumer at the end of the chain
+        for t in core("state").tensors(state):
+            with pytest.raises(ValueError, match="must not be written to"):
+                t.zero_()  # a bad consumer
     assert all(torch.equal(a, b) for a, b in zip(copies, core("state").tensors(state), strict=True))
-    assert torch.equal(latent_of(run(base), "6"), first)
+    other = run(base | {"6": sampler(blocks=1, state=("4", 1), seed=5)}, fresh=False)
+    assert other.ok and torch.equal(latent_of(run(base, fresh=False), "6"), first)
 
 
 def test_cfg_carries_both_branches_and_follows_the_negative(world):

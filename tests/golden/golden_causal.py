@@ -111,9 +111,10 @@ def check_modules(case: Golden, weights: Weights, report: Report) -> None:
         report.abs(f"{name}/rope_imag", sin, t[f"{name}/rope_imag"][0, 0], 1e-12)
         ctx = Context(grid, x, x, None, cos.float(), sin.float())
         attended, own = block.attn(part, ctx, history)
-        mixed, tail = block.mlp(part, grid, None if history is None else history.tail)
+        spatial, temporal, tail = block.mlp(part, grid, None if history is None else history.tail)
+        mixed = spatial + temporal
         for key, found in (("attn_out", attended), ("ffn_out", mixed), ("attn_out_no_cache", block.attn(part, ctx, None)[0]),
-                           ("ffn_out_no_cache", block.mlp(part, grid, None)[0])):
+                           ("ffn_out_no_cache", sum(block.mlp(part, grid, None)[:2]))):
             report.rel(f"{name}/{key}", found, t[f"{name}/{key}"], FORWARD)
         own = LayerState(own.vk, own.ksum, tail)
         history = own if history is None else LayerState(history.vk + own.vk, history.ksum + own.ksum, tail)

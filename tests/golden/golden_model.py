@@ -50,7 +50,7 @@ class Recorder:
         for i, block in enumerate(model.blocks):
             self._on(f"block{i}.self_attn", block.attn, lambda y: y[0])
             self._on(f"block{i}.cross_attn", block.cross_attn)
-            self._on(f"block{i}.mlp", block.mlp, lambda y: y[0])
+            self._on(f"block{i}.mlp", block.mlp, lambda y: y[0] + y[1])
             self._on(f"block{i}.out", block, lambda y: y[0])
 
     def _on(self, name: str, module: torch.nn.Module, pick: Callable = lambda y: y) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import tinyfiles
-from safetensors.torch import load_file
 
 from tools.environment import Environment
 from tools.server import ComfyServer, prepare_base
@@ -46,12 +45,6 @@ def fresh(server):
     return server
 
 
-def saved_latent(server, outcome):
-    """The tensor that the prompt's SaveLatent wrote."""
-    file = next(item for item in outcome.files() if item["filename"].endswith(".latent"))
-    return load_file(server.base / "output" / file["subfolder"] / file["filename"])["latent_tensor"]
-
-
 @pytest.fixture
 def latent_of(server):
-    return lambda outcome: saved_latent(server, outcome)
+    return lambda outcome: tinyfiles.saved_latent(server, outcome)

@@ -1,5 +1,5 @@
-"""Every shipped workflow, turned into a prompt and executed: the 480p ones on the tiny checkpoint in the official container,
-the embedded one on the embedded model."""
+"""Every shipped workflow of clips, turned into a prompt and executed: the 480p ones on the tiny checkpoint in the official
+container, the embedded one on the embedded model. Those of long video: ``test_long_workflows.py``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import av
+import longprompts as lp
 import pytest
 import tinyfiles
 
 from tools.workflow import to_api
 
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
+CLIPS = [path for path in WORKFLOWS if path.stem not in lp.LONG]
 SIZES = {"width": 64, "height": 32, "frames": 9, "steps": 2, "prompt": "a red ball", "negative_prompt": "a blue square"}
 
 
@@ -49,7 +51,7 @@ def video_of(server, outcome) -> tuple[str, int, tuple[int, int], float]:
         return stream.codec_context.name, frames, (stream.width, stream.height), float(stream.average_rate)
 
 
-@pytest.mark.parametrize("path", [p for p in WORKFLOWS if "mini" not in p.stem], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in CLIPS if "mini" not in p.stem], ids=lambda p: p.stem)
 def test_480p_workflows_run_on_an_official_checkpoint(server, first_picture, path):
     outcome = server.client.run(shrink(prompt_of(server, path)))
     assert outcome.ok, outcome.error
@@ -57,7 +59,7 @@ def test_480p_workflows_run_on_an_official_checkpoint(server, first_picture, pat
     assert (codec, frames, size, rate) == ("h264", 9, (64, 32), 16.0)
 
 
-@pytest.mark.parametrize("path", [p for p in WORKFLOWS if "mini" in p.stem], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in CLIPS if "mini" in p.stem], ids=lambda p: p.stem)
 def test_embedded_workflows_run_as_they_are_but_for_the_steps(server, path):
     prompt = prompt_of(server, path)
     for node in prompt.values():
@@ -76,7 +78,7 @@ def test_the_workflows_ask_for_the_files_that_the_readme_names(server, root):
             if node["class_type"] == "SanaVideoLoader":
                 for name in ("model", "text_encoder", "vae"):
                     value = node["inputs"][name]
-                    assert value in ("none", "embedded mini") or value in readme, f"{path.stem}: {value}"
+                    assert value in ("none", "embedded mini", "embedded mini long") or value in readme, f"{path.stem}: {value}"
 
 
 def test_a_full_size_prompt_of_the_480p_workflow_reaches_the_sampler(server):

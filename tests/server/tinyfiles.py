@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import inprocess as ip
 import sana_video_core as svc
@@ -69,3 +69,9 @@ def prompt(steps: int = 3, seed: int = 1, width: int = 64, height: int = 32, fra
     for key, inputs in changes.items():
         graph[key.removeprefix("n")]["inputs"].update(inputs)
     return graph
+
+
+def saved_latent(server, outcome) -> torch.Tensor:
+    """The tensor that the prompt's SaveLatent wrote."""
+    file = next(item for item in outcome.files() if item["filename"].endswith(".latent"))
+    return load_file(server.base / "output" / file["subfolder"] / file["filename"])["latent_tensor"]

@@ -9,7 +9,7 @@ import torch
 
 from sana_video_core import ops
 from sana_video_core.errors import SanaVideoError
-from sana_video_core.ops import fused, reference
+from sana_video_core.ops import fused, fused_torch, reference
 
 SHAPES = list(itertools.product((1, 2, 3), (1, 2, 5), (1, 7, 12), (8, 24)))  # batch, frames, tokens a frame, channels
 
@@ -19,7 +19,7 @@ def test_temporal_taps_equal_the_reference(batch, frames, size, channels):
     generator = torch.Generator().manual_seed(batch * 100 + frames * 10 + size)
     u = torch.randn(batch, frames * size, channels, generator=generator)
     for tail in (None, torch.randn(batch, 1, size, channels, generator=generator)):
-        found, expected = fused.temporal_taps(u, frames, tail), reference.temporal_taps(u, frames, tail)
+        found, expected = fused_torch.temporal_taps(u, frames, tail), reference.temporal_taps(u, frames, tail)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -29,13 +29,15 @@ def test_gated_residual_equals_the_reference(batch, frames, size, channels):
     x, y = (torch.randn(batch, frames * size, channels, generator=generator) for _ in range(2))
     for rows in {1, frames}:
         gate = torch.randn(batch, rows, 6, channels, generator=generator).unbind(2)[2]
-        assert torch.allclose(fused.gated_residual(x, y, gate), reference.gated_residual(x, y, gate), atol=1e-6)
+        for extra in (None, y.flip(1)):
+            found = fused_torch.gated_residual(x, y, gate, extra)
+            assert torch.allclose(found, reference.gated_residual(x, y, gate, extra), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_equals_the_reference(dtype):
     x, weight = torch.randn(2, 9, 40).to(dtype) * 3, torch.rand(40).to(dtype) + 0.5
-    found, expected = fused.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
+    found, expected = fused_torch.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
     assert torch.allclose(found.float(), expected.float(), rtol=1e-5 if dtype == torch.float32 else 1e-2)
 
 

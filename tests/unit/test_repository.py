@@ -34,6 +34,10 @@ METHODS = {("os", "system"), ("os", "popen"), ("os", "putenv"), ("os", "execv"),
            ("torch.hub", "load"), ("os", "_exit")}
 
 
+WORKFLOWS = ("mini_t2v", "t2v_480p", "t2v_480p_official_sampler", "i2v_480p", "mini_long_video", "long_video_minute",
+             "long_video_chain", "continue_saved_state", "fork_three_continuations", "prompt_travel", "continue_any_clip")
+
+
 @cache
 def project_files() -> tuple[Path, ...]:
     """What git tracks or would track, relative to the root."""
@@ -349,12 +353,26 @@ def test_readme_lists_exactly_the_nodes_and_its_files_exist():
 def test_workflows_are_named_in_the_readme_and_use_known_nodes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     names = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-    assert {"mini_t2v", "t2v_480p", "t2v_480p_official_sampler"} <= set(names)
+    assert names == sorted(WORKFLOWS)
     for name in names:
         assert name in text, f"{name} is not in the README"
         nodes = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))["nodes"]
         used = {node["type"] for node in nodes if node["type"].startswith("SanaVideo")}
         assert used and used <= node_ids()
+
+
+def test_workflows_explain_themselves_and_name_their_files():
+    for name in WORKFLOWS:
+        flow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        assert (ROOT / "workflows" / f"{name}.jpg").read_bytes()[:3] == b"\xff\xd8\xff", name
+        notes = [node["widgets_values"][0] for node in flow["nodes"] if node["type"] == "MarkdownNote"]
+        assert len(notes) == 1 and notes[0].startswith("## ") and len(notes[0]) < 1300, name
+        assert [group["title"][0] for group in flow["groups"]] == list("123456")[:len(flow["groups"])] and flow["groups"], name
+        files = [model for node in flow["nodes"] for model in node["properties"].get("models", [])]
+        assert len(files) == (0 if name.startswith("mini_") else 3), name
+        assert all(node["properties"]["cnr_id"] in ("sana-video", "comfy-core") for node in flow["nodes"]), name
+        seeds = [node["widgets_values"][4] for node in flow["nodes"] if node["type"] == "SanaVideoBlockSampler"]
+        assert set(seeds) <= {"fixed"}, f"{name}: a seed that changes by itself would never resume a film"
 
 
 # --------------------------------------------------------------------------------------------------- importing the core

@@ -1,0 +1,57 @@
+"""Operators in fewer passes than the reference with torch's own functions: for cards without Triton, and other dtypes.
+
+Same meaning as ``reference.py`` (the truth). Not covered: gradients (the reference runs).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import Constraint
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ``reference.rms_norm``; torch's fused kernel (float32 inside). It wants a weight of the dtype of x."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, extra: Tensor | None = None) -> Tensor:
+    """See ``reference.gated_residual``; one pass after the sum with ``extra``."""
+    y = y if extra is None else y + extra
+    rows = gate.shape[1]
+    return torch.addcmul(x.unflatten(1, (rows, -1)), gate[:, :, None], y.unflatten(1, (rows, -1))).flatten(1, 2)
+
+
+def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See ``reference.temporal_taps``; every value is written once."""
+    x = u.unflatten(1, (frames, -1))
+    channels = u.shape[-1]
+    taps = u.new_empty(*x.shape[:-1], 3 * channels)
+    before, same, after = taps.split(channels, -1)
+    same.copy_(x)
+    before[:, 1:].copy_(x[:, :-1])
+    after[:, :-1].copy_(x[:, 1:])
+    before[:, :1] = 0 if tail is None else tail.to(u)
+    after[:, -1:] = 0
+    return taps.flatten(1, 2), x[:, -1:]
+
+
+def has_weight(x, weight, eps) -> str | None:
+    """Reason to refuse an RMSNorm without weight."""
+    return "needs a weight" if weight is None else None
+
+
+def one_dtype(x, *others, **_) -> str | None:
+    """Reason to refuse tensors of several dtypes: the reference widens, these kernels do not."""
+    same = all(t.dtype == x.dtype for t in others if isinstance(t, Tensor))
+    return None if same else "needs inputs of one dtype"
+
+
+def register(operators: dict) -> None:
+    """Add these functions to the operators as backend 'torch-fused'."""
+    card = {"devices": ("cuda",), "inference_only": True}
+    operators["rms_norm"].add("torch-fused", rms_norm, Constraint(**card, check=has_weight))
+    operators["gated_residual"].add("torch-fused", gated_residual, Constraint(**card, check=one_dtype))
+    operators["temporal_taps"].add("torch-fused", temporal_taps, Constraint(**card))

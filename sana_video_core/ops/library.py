@@ -1,0 +1,107 @@
+"""The Triton operators as torch.library operators: torch.compile keeps them whole instead of tracing into their launches.
+
+:data:`COMPILED` has a function for each, with the signature of the operator. Without compilation ``fused.py`` is called
+directly, because torch.library costs time at every call. No operator changes its inputs, and none returns a part of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .reference import ATTENTION_EPS, Contribution
+
+# The package's own name: two copies of it in one process must not define one operator twice.
+NAMESPACE = re.sub(r"\W", "_", __package__)
+
+
+def _define(schema: str, function: Callable, fake: Callable) -> Callable:
+    """An operator by its schema; ``fake`` gives empty results of the right shapes."""
+    name, _, signature = schema.partition("(")
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=(), schema=f"({signature}")
+    op.register_fake(fake)
+    return op
+
+
+def _like(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _attention(qkv, q_weight, k_weight, cos, sin, heads, vk, ksum, norm_eps, eps):
+    history = None if vk is None else Contribution(vk, ksum)
+    out, own = fused.linear_attention(qkv, q_weight, k_weight, cos, sin, heads, history, norm_eps=norm_eps, eps=eps)
+    return out, own.vk, own.ksum
+
+
+def _attention_fake(qkv, q_weight, k_weight, cos, sin, heads, *_):
+    batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    dim = width // heads
+    return (qkv.new_empty(batch, tokens, width), qkv.new_empty(batch, heads, dim, dim, dtype=torch.float32),
+            qkv.new_empty(batch, heads, 1, dim, dtype=torch.float32))
+
+
+_modulate_norm = _define(
+    "modulate_norm(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor", fused.modulate_norm, _like)
+_gated_residual = _define(
+    "gated_residual(Tensor x, Tensor y, Tensor gate, Tensor? extra) -> Tensor", fused.gated_residual, _like)
+_residual_norm = _define(
+    "residual_norm(Tensor x, Tensor y, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)", fused.residual_norm,
+    lambda x, *_: (_like(x), _like(x)))
+_rms_norm = _define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", fused.rms_norm, _like)
+_linear_attention = _define(
+    "linear_attention(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, Tensor? vk, "
+    "Tensor? ksum, float norm_eps, float eps) -> (Tensor, Tensor, Tensor)", _attention, _attention_fake)
+_gated_depthwise = _define(
+    "gated_depthwise(Tensor x, Tensor weight, Tensor? bias, int height, int width) -> Tensor",
+    lambda x, weight, bias, height, width: fused.gated_depthwise(x, weight, bias, (height, width)),
+    lambda x, *_: x.new_empty(x.shape[0], x.shape[1], x.shape[2] // 2))
+_temporal_taps = _define(
+    "temporal_taps(Tensor u, int frames, Tensor? tail) -> Tensor",
+    lambda u, frames, tail: fused.temporal_taps(u, frames, tail)[0],
+    lambda u, frames, tail: u.new_empty(u.shape[0], u.shape[1], 3 * u.shape[2]))
+
+
+def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    return _modulate_norm(x, shift, scale, eps)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, extra: Tensor | None = None) -> Tensor:
+    return _gated_residual(x, y, gate, extra)
+
+
+def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    return _residual_norm(x, y, shift, scale, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _rms_norm(x, weight, eps)
+
+
+def linear_attention(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
+    history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
+) -> tuple[Tensor, Contribution]:
+    vk, ksum = (None, None) if history is None else history
+    out, vk, ksum = _linear_attention(qkv, q_weight, k_weight, cos, sin, heads, vk, ksum, norm_eps, eps)
+    return out, Contribution(vk, ksum)
+
+
+def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False) -> Tensor:
+    return _gated_depthwise(x, weight, bias, *grid)
+
+
+def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _temporal_taps(u, frames, tail), u.unflatten(1, (frames, -1))[:, -1:]
+
+
+COMPILED = (modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps)
+
+
+def register(operators: dict) -> None:
+    """Tell the operators what to call in place of their backend 'triton' inside a compiled graph."""
+    for function in COMPILED:
+        operators[function.__name__].compiled["triton"] = function

@@ -1,0 +1,138 @@
+"""The Triton kernels in Triton's interpreter on the CPU: values at awkward sizes, layouts, and nothing left unwritten."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from sana_video_core.dit.embeddings import rope_table
+from sana_video_core.ops import fused, reference
+from sana_video_core.ops.reference import Contribution
+
+CASES = 6
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that a value nobody wrote is seen."""
+    real = {"empty": torch.empty, "empty_like": torch.empty_like}
+    for name, function in real.items():
+        monkeypatch.setattr(torch, name, lambda *a, f=function, **k: f(*a, **k).fill_(float("nan")))
+
+
+def draw(seed: int):
+    """(noise, batch, frames, height, width, heads, head dim) of a case; every third in bfloat16."""
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if seed % 3 == 2 else torch.float32
+
+    def noise(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    return (noise, pick.randint(1, 4), pick.randint(1, 3), pick.randint(1, 3), pick.choice((1, 3, 4, 5, 9)),
+            pick.randint(1, 3), pick.choice((2, 6, 16, 22, 56)))
+
+
+def close(found, expected) -> None:
+    """Every value written, and right to the last bits; the interpreter cuts a bfloat16 instead of rounding it."""
+    assert found.shape == expected.shape and found.is_contiguous() and bool(torch.isfinite(found).all())
+    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    assert error < (8e-3 if found.dtype == torch.bfloat16 else 2e-6)
+
+
+def wide(*args):
+    return [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def scattered(x):
+    """The same values, the last two axes swapped in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_residuals_and_norms(seed):
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    tokens, channels = frames * height * width, heads * dim
+    x, y, extra = (noise(batch, tokens, channels) for _ in range(3))
+    x = scattered(x) if seed % 3 == 0 else x
+    rows = noise(1 if seed % 4 == 0 else batch, frames if seed % 2 else 1, 6, channels)
+    shift, scale, gate = rows.expand(batch, -1, -1, -1).unbind(2)[:3]
+    close(fused.modulate_norm(x + 3, shift, scale), reference.modulate_norm(*wide(x + 3, shift, scale)))
+    close(fused.modulate_norm(x, shift, scale.clone()), reference.modulate_norm(*wide(x, shift, scale)))
+    close(fused.gated_residual(x, y, gate), reference.gated_residual(*wide(x, y, gate)))
+    close(fused.gated_residual(x, y, gate, extra), reference.gated_residual(*wide(x, y, gate, extra)))
+    for found, expected in zip(fused.residual_norm(x, y, shift, scale), reference.residual_norm(*wide(x, y, shift, scale))):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 31, 32, 33, 200])
+def test_any_width(channels):
+    """Powers of two, their neighbours, and the one channel that has no variance."""
+    noise = draw(channels)[0]
+    x, y = noise(2, 5, channels), noise(2, 5, channels)
+    shift, scale = noise(2, 1, channels), noise(2, 1, channels)
+    for found, expected in zip(fused.residual_norm(x, y, shift, scale), reference.residual_norm(*wide(x, y, shift, scale))):
+        close(found, expected)
+    weight = noise(channels) + 1
+    close(fused.rms_norm(x, weight, 1e-6), reference.rms_norm(*wide(x, weight, 1e-6)))
+    assert torch.equal(fused.temporal_taps(x, 5)[0], reference.temporal_taps(x, 5)[0])
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_rms_norm_of_slices(seed):
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    both = noise(batch, frames * height * width, 2 * heads * dim)
+    weight = noise(heads * dim, scale=0.1) + 1
+    for x in both.chunk(2, -1):
+        close(fused.rms_norm(x, weight, 1e-6), reference.rms_norm(*wide(x, weight, 1e-6)))
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_temporal_taps(seed):
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    u = noise(batch, frames * height * width, heads * dim)
+    u = scattered(u) if seed % 3 == 0 else u
+    for tail in (None, noise(batch, 1, height * width, heads * dim), torch.randn(batch, 1, height * width, heads * dim)):
+        found, expected = fused.temporal_taps(u, frames, tail), reference.temporal_taps(u, frames, tail)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_gated_depthwise(seed):
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    hidden = heads * dim + seed % 2
+    x = noise(batch, frames * height * width, 2 * hidden, scale=2.0)
+    kept = x.clone()
+    x = scattered(x) if seed % 4 == 0 else x
+    bias = noise(2 * hidden) if seed % 3 else None
+    weight = noise(2 * hidden, 1, 3, 3, scale=0.4)
+    found = fused.gated_depthwise(x, weight, bias, (height, width), True)
+    assert torch.equal(x, kept)
+    close(found, reference.gated_depthwise(*wide(x, weight, bias), (height, width)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("value", [1e4, -1e4])
+def test_gated_depthwise_at_the_ends_of_silu(value):
+    """Huge inputs neither overflow nor become NaN; a dead input gives exactly nothing."""
+    x, weight = torch.full((1, 12, 8), value), torch.full((8, 1, 3, 3), 0.01)
+    found = fused.gated_depthwise(x, weight, None, (3, 4))
+    close(found.float() + 1, reference.gated_depthwise(x.float(), weight.float(), None, (3, 4)) + 1)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_linear_attention(seed, monkeypatch):
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    monkeypatch.setattr(fused, "SPLIT_TOKENS", 64)  # several splits at sizes that the interpreter can do
+    tokens, channels = frames * height * width, heads * dim
+    weights = [noise(channels, scale=0.1) + 1 for _ in range(2)]
+    qkv = noise(batch, tokens, 3 * channels)
+    qkv = scattered(qkv) if seed % 3 == 0 else qkv
+    table = rope_table(frames, height, width, dim, start=seed)
+    history = None if seed % 2 else Contribution(torch.rand(batch, heads, dim, dim), torch.rand(batch, heads, 1, dim))
+    out, own = fused.linear_attention(qkv, *weights, *table, heads, history)
+    expected, truth = reference.linear_attention(*wide(qkv, *weights), *table, heads, history)
+    close(out, expected)
+    close(own.vk, truth.vk)
+    close(own.ksum, truth.ksum)
