@@ -26,8 +26,7 @@ C, HEADS, HIDDEN = 2240, 20, 6720
 COPY, DEVICE, TINY, CALLS = 1 << 30, "cuda", False, 10
 # Settings to try, in the order of fused.TUNING.
 SETTINGS = {
-    "depthwise": [(128, 2, "pair"), (64, 1, "pair"), (128, 4, "pair"), (64, 2, "pair"), (256, 4, "pair"), (128, 2, "tanh"),
-                  (128, 4, "tanh"), (64, 1, "tanh"), (128, 2, "plain")],
+    "depthwise": [(128, 2, "pair"), (64, 1, "pair"), (128, 4, "pair"), (64, 2, "pair"), (256, 4, "pair"), (128, 2, "plain")],
     "norm": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2), (1, 1)],
     "residual": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2)],
     "rms": [(4, 4), (1, 4), (8, 4), (2, 2), (1, 1)],

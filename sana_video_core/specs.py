@@ -98,7 +98,7 @@ _MINI = ModelSpec(
     channels=16, patch=(1, 2, 2), caption_channels=128, vae=WAN21, size=(160, 96), frames=81,
     flow_shift=6.0, cfg=3.0, steps=20,
 )
-_MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, cfg=1.0, steps=4)
+_MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, steps=12)  # not distilled: many steps, with guidance
 
 SPECS: dict[str, ModelSpec] = {s.name: s for s in (_2B_480P, _2B_720P, _LONGSANA, _V2_5B, _MINI, _MINI_LONG)}
 

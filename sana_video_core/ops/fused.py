@@ -16,11 +16,12 @@ from .reference import ATTENTION_EPS, Contribution
 from .registry import Constraint
 
 SPLIT_TOKENS = 1024  # tokens a program sums; by shape alone, so that a sum does not depend on the card
-# Launch settings, timed on an H200 by bench/probe.py. norm, residual, rms: tokens a program, warps; taps: tokens, channels,
-# warps; state: tokens, warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU.
+# Launch settings. depthwise was timed on an H200 (bench/probe.py), state and apply there before the programs of a head came
+# one after another, the rest are guesses. norm, residual, rms: tokens a program, warps; taps: tokens, channels, warps; state:
+# tokens, warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU.
 TUNING = {
     "norm": (4, 4), "residual": (4, 4), "rms": (4, 4), "taps": (8, 256, 4), "state": (64, 4, 2), "apply": (64, 4, 4, 2),
-    "depthwise": (128, 2, "pair"),
+    "depthwise": (64, 2, "pair"),
 }
 # Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps, chosen by the
 # compiler's report of spilled registers and timed by nobody yet.

@@ -23,22 +23,14 @@ def _silu(a, b, FORM: tl.constexpr):
     """SiLU of two values; float32. The special function unit is the narrow place, so the forms differ in its use.
 
     'plain': two exponentials, two divisions. 'pair': the reciprocals of both come from one of their product (below 2^-60
-    a sigmoid stops falling). 'tanh': one tanh.approx each, off by up to 2^-11 of x / 2 where the SiLU is near zero.
+    a sigmoid stops falling).
     """
-    if FORM == "tanh":
-        a, b = 0.5 * a, 0.5 * b
-        return a + a * _tanh(a), b + b * _tanh(b)
     if FORM == "pair":
         below_a = 1.0 + _exp2(tl.minimum(a * -1.4426950408889634, 60.0))
         below_b = 1.0 + _exp2(tl.minimum(b * -1.4426950408889634, 60.0))
         inverse = _reciprocal(below_a * below_b)
         return a * (below_b * inverse), b * (below_a * inverse)
     return a / (1.0 + tl.exp(-a)), b / (1.0 + tl.exp(-b))
-
-
-@triton.jit
-def _tanh(x):
-    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

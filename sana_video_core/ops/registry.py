@@ -88,6 +88,7 @@ class Operator:
     """A named function with a reference and any number of backends, tried in the order they were added.
 
     ``compiled``: what stands for a backend inside a graph of torch.compile, which fuses the other ones' plain functions itself.
+    ``faults``: (backend, device) whose kernels this card could not build, and why; they are not tried again.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Operator:
     backends: dict[str, tuple[Callable, Constraint]] = field(default_factory=dict)
     compiled: dict[str, Callable] = field(default_factory=dict)
     forced: str | None = None
+    faults: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, backend: str, function: Callable, constraint: Constraint) -> None:
         self.backends[backend] = (function, constraint)
@@ -105,7 +107,7 @@ class Operator:
         for name, (function, constraint) in self.backends.items():
             if self.forced not in (None, name):
                 continue
-            reason = constraint.refusal(args[0], args, kwargs)
+            reason = self.faults.get((name, str(args[0].device))) or constraint.refusal(args[0], args, kwargs)
             if reason is None:
                 return name, function, reasons
             reasons[name] = reason
@@ -121,8 +123,22 @@ class Operator:
             return self.reference(*args, **kwargs)
         name, function, _ = self.choose(*args, **kwargs)
         if torch.compiler.is_compiling():
-            function = self.compiled.get(name, self.reference)
-        return function(*args, **kwargs)
+            return self.compiled.get(name, self.reference)(*args, **kwargs)
+        if self.forced is not None or name == "reference":
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if not type(error).__module__.startswith("triton"):
+                raise
+            self._give_up(name, str(args[0].device), error)
+        return self(*args, **kwargs)  # no operator has changed its inputs
+
+    def _give_up(self, name: str, device: str, error: Exception) -> None:
+        """A kernel that does not fit this card (shared memory, registers) or that its compiler refuses: do without it."""
+        reason = f"its kernel cannot be built here ({type(error).__name__}: {str(error).strip()[:200]})"
+        self.faults[name, device] = reason
+        log.warning("%s, %s: %s; the slower plain operator runs instead", self.name, name, reason)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -154,7 +170,8 @@ def report() -> list[tuple[str, str, str]]:
     rows = []
     for op in OPERATORS.values():
         for name, (_, constraint) in op.backends.items():
-            rows.append((op.name, name, _machine_state(constraint)))
+            fault = next((reason for (backend, _), reason in op.faults.items() if backend == name), None)
+            rows.append((op.name, name, f"unavailable: {fault}" if fault else _machine_state(constraint)))
         rows.append((op.name, "reference", "available"))
     return rows
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import frontend
-import minilong
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -23,10 +22,9 @@ RENDERERS = {"nodes2": True, "canvas": False}
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The real ComfyUI with this pack alone, the embedded models, and empty files where the 480p workflows name theirs."""
+    """The real ComfyUI with this pack alone and empty files where the 480p workflows name theirs."""
     base = tmp_path_factory.mktemp("browser")
     frontend.placeholder_models(base)
-    minilong.loader_inputs(base / "models")
     comfyui = Path(os.environ.get("COMFYUI_PATH", COMFYUI))
     with ComfyServer(Environment(Path(sys.executable), comfyui, own=False), base, base / "server.log") as running:
         yield running

@@ -7,7 +7,6 @@ import json
 import re
 
 import av
-import minilong
 import pytest
 from frontend import Frontend
 
@@ -89,7 +88,6 @@ def test_mini_runs_by_the_run_button(front, server, artefacts, name, size):
     # A file name of its own for each renderer, so that no cached result of the other one is shown.
     front.set("SaveVideo", filename_prefix=f"browser/{renderer}")
     if name == "mini_long_video":  # two of its twelve blocks, small
-        front.set("SanaVideoLoader", **minilong.loader_inputs(server.base / "models"))
         front.set("SanaVideoBlockSampler", blocks=2, width=size[0], height=size[1], run_folder=renderer)
     front.press_run()
     source = front.wait_for_video(timeout=240)

@@ -7,9 +7,9 @@ import json
 
 import av
 import longprompts as lp
-import minilong
 import pytest
 
+from sana_video_core import mini
 from sana_video_core.sampling.plan import plan_blocks
 from sana_video_core.specs import SPECS
 
@@ -157,18 +157,17 @@ def test_embedded_long_video_is_half_a_minute(server):
     sampler, spec = prompt[lp.only(prompt, "SanaVideoBlockSampler")]["inputs"], SPECS["sana-video-mini-long"]
     plan = plan_blocks(sampler["blocks"], spec.block_frames)
     assert plan.lengths == (11, *[10] * 11) and plan.spans()[-1].pixels()[1] / spec.fps >= 30
-    assert (sampler["width"], sampler["height"]) == spec.size and sampler["cfg"] == 1 == spec.cfg
-    assert sampler["window"] == minilong.mini.WINDOW
+    assert (sampler["width"], sampler["height"]) == spec.size and sampler["cfg"] == spec.cfg
+    assert sampler["window"] == mini.WINDOW and sampler["solver"] == "flow-DPM"
     loader = prompt[lp.only(prompt, "SanaVideoLoader")]["inputs"]
     assert loader["model"] == "embedded mini long"
-    loader.update(minilong.loader_inputs(server.base / "models"))
     sampler.update(blocks=2, width=80, height=48)
     outcome = run(server, prompt)
     assert videos(server, outcome) == {"sana_video_mini_long": (81, (80, 48), 16.0)}
     assert len(film(server, "mini_long_video")["blocks"]) == 2
 
 
-def test_the_loader_lists_the_embedded_model_for_long_video_where_it_is(server):
+def test_the_loader_lists_both_embedded_models(server):
     models = server.client.get("/object_info/SanaVideoLoader")["SanaVideoLoader"]["input"]["required"]["model"][1]["options"]
     assert models[0] == "embedded mini"
-    assert ("embedded mini long" in models) == ("long" in minilong.mini.files())
+    assert "embedded mini long" in models

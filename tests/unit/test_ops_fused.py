@@ -107,3 +107,33 @@ def test_a_triton_that_cannot_build_kernels_is_passed_over_with_its_reason(monke
         assert "plain operators run instead" in caplog.text
     finally:
         registry.triton_fault.cache_clear()
+
+
+class OutOfResources(Exception):
+    """As Triton raises it where a kernel does not fit a card."""
+
+    __module__ = "triton.runtime.errors"
+
+
+@pytest.mark.parametrize(("error", "falls_back"), [(OutOfResources("out of resource: shared memory"), True),
+                                                  (RuntimeError("CUDA out of memory"), False)])
+def test_a_kernel_that_does_not_fit_a_card_is_replaced_once_and_for_all(caplog, error, falls_back):
+    calls = []
+
+    def fast(x):
+        calls.append(1)
+        raise error
+
+    double = ops.registry.Operator("double", lambda x: 2 * x)
+    double.add("fast", fast, ops.registry.Constraint())
+    x = torch.ones(3)
+    if not falls_back:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            double(x)
+        return
+    assert torch.equal(double(x), 2 * x) and torch.equal(double(x), 2 * x)
+    assert len(calls) == 1 and sum("shared memory" in r.message for r in caplog.records) == 1
+    assert "shared memory" in double.choose(x)[2]["fast"]
+    double.forced = "fast"
+    with pytest.raises(SanaVideoError, match="shared memory"):
+        double(x)

@@ -220,7 +220,7 @@ def test_shipped_files_are_the_ones_that_comfyui_loads():
     assert not tops & {"tests", "tools", "bench", "run.py", ".ci", ".github"}
     size = sum((ROOT / path).stat().st_size for path in shipped())
     assert size < 25e6, f"{size / 1e6:.1f} MB would ship"
-    assert sum((ROOT / p).stat().st_size for p in shipped() if p.suffix == ".safetensors") <= 14.7e6
+    assert sum((ROOT / p).stat().st_size for p in shipped() if p.suffix == ".safetensors") <= 22e6
 
 
 def test_registry_rules_are_plain_names():
