@@ -108,6 +108,7 @@ def inside(command: str, arguments: list[str]) -> int:
     load("sana_video_core", ROOT / "sana_video_core" / "__init__.py")
     if command == "ops":
         from sana_video_core import ops
+        from sana_video_core.vae import fused  # noqa: F401  brings the decoder's operator
 
         rows = [("operator", "backend", "state"), *ops.report()]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]

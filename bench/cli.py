@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,12 @@ BENCHMARKS = {
     "prepare": "write full-size random model files in the public layouts: prepare BASE [--tiny]",
     "comfy_step": "the three layouts bit for bit, and the step inside ComfyUI's layers: comfy_step BASE [--tiny]",
     "comfy_server": "the real server, end to end, in three memory modes: comfy_server BASE [--tiny]",
-    "session": "everything above in one go with time limits (GPU)",
+    "memory": "LongSANA's memory at every block, beside the official cache list (GPU): memory [--tiny] [--blocks N] [--steps N]",
+    "longsana": "a minute of LongSANA: network alone, and noise to mp4 (GPU): longsana [--tiny] [--part dit|file] [--blocks N]",
+    "wan_decode": "the Wan VAE's streaming decode beside diffusers (GPU): wan_decode [--tiny]",
+    "film_server": "films of 30 s and 60 s through the real server, in a run folder: film_server BASE [--tiny]",
+    "mini_film_cpu": "a film of the embedded model on two CPU threads (CPU): mini_film_cpu [--tiny] [--blocks N]",
+    "session": "prepare, comfy_step and comfy_server in one go with time limits, or --parts=a,b (GPU)",
 }
 
 
@@ -22,8 +28,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BENCHMARKS:
         print("usage: run.py bench NAME [options]", file=sys.stderr)
         for name, text in BENCHMARKS.items():
-            print(f"  {name:14s}{text}", file=sys.stderr)
+            print(f"  {name:15s}{text}", file=sys.stderr)
         return 2
     # ComfyUI's nodes.py must not be hidden by our nodes/ in the benchmarks that import both.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    os.environ.setdefault("SANA_VIDEO_FUSED_VAE", "1")  # what has not run on a card yet is measured here
     return import_module(f".{arguments[0]}", __package__).main(arguments[1:]) or 0

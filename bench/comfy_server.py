@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from tools import workflow
-from tools.client import Event
+from tools.client import Event, Outcome
 from tools.environment import Environment
 from tools.server import ComfyServer, link_folder
 
@@ -104,8 +104,8 @@ def graph(object_info: dict, layout: Path, steps: int, seed: int, prefix: str, t
     return prompt
 
 
-def run_once(server: ComfyServer, prompt: dict, memory: Memory, log: Path) -> dict:
-    """Queue a prompt; {"total_s", "nodes": {class: seconds}, "card_peak_gib", "files", ...the report node's line}."""
+def queue(server: ComfyServer, prompt: dict, timeout: float = 150) -> tuple[Outcome, dict[str, float], float, float]:
+    """Queue a prompt and wait: (outcome, {node class: seconds}, start, end)."""
     marks: list[tuple[float, str]] = []
 
     def mark(event: Event) -> None:
@@ -113,7 +113,7 @@ def run_once(server: ComfyServer, prompt: dict, memory: Memory, log: Path) -> di
             marks.append((time.perf_counter(), event.data.get("node") or ""))
 
     start = time.perf_counter()
-    outcome = server.client.run(prompt, on_event=mark, timeout=150)
+    outcome = server.client.run(prompt, on_event=mark, timeout=timeout)
     end = time.perf_counter()
     if not outcome.ok:
         raise BenchError(f"the workflow failed: {outcome.error}")
@@ -122,6 +122,12 @@ def run_once(server: ComfyServer, prompt: dict, memory: Memory, log: Path) -> di
         if node:
             kind = prompt[node]["class_type"]
             nodes[kind] = round(nodes.get(kind, 0.0) + ended - began, 3)
+    return outcome, nodes, start, end
+
+
+def run_once(server: ComfyServer, prompt: dict, memory: Memory, log: Path) -> dict:
+    """Queue a prompt; {"total_s", "nodes": {class: seconds}, "card_peak_gib", "files", ...the report node's line}."""
+    outcome, nodes, start, end = queue(server, prompt)
     line = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     return {"total_s": round(end - start, 2), "nodes": nodes, "card_peak_gib": memory.peak_gib(start, end),
             "files": outcome.files(), **line}
@@ -134,22 +140,26 @@ def step_ms(line: dict, steps: int) -> list[float]:
     return [b - a for a, b in zip(firsts, firsts[1:])]
 
 
-def run_mode(mode: str, base: Path, out: Path, tiny: bool) -> dict:
-    """One server: boot, two runs; everything measured."""
-    flags, layout = MODES[mode]
-    gpu = prepare.device() == "cuda"
-    if not gpu:
-        flags = tuple(f for f in flags if f != "--lowvram")  # CPU and low memory exclude each other
-    log = base / f"report_{mode}.jsonl"
-    log.unlink(missing_ok=True)
+def new_server(base: Path, log: Path, flags: tuple[str, ...] = ()) -> ComfyServer:
+    """The real server in this Python, not yet started; SANA_BENCH_FRONT names a front end where none is installed."""
     front = os.environ.get("SANA_BENCH_FRONT")
     flags = (*flags, *(("--front-end-root", front) if front else ()))
     environment = ThisPython(Path(sys.executable), Path(os.environ["COMFYUI_PATH"]), own=False)
+    return ComfyServer(environment, base, log, flags, prepare.device() == "cuda")
+
+
+def run_mode(mode: str, base: Path, out: Path, tiny: bool) -> dict:
+    """One server: boot, two runs; everything measured."""
+    flags, layout = MODES[mode]
+    if prepare.device() != "cuda":
+        flags = tuple(f for f in flags if f != "--lowvram")  # CPU and low memory exclude each other
+    log = base / f"report_{mode}.jsonl"
+    log.unlink(missing_ok=True)
     os.environ["SANA_BENCH_LOG"] = str(log)
     (base / "custom_nodes").mkdir(parents=True, exist_ok=True)
     link_folder(ROOT / "bench" / "comfy_probe", base / "custom_nodes" / "sana_bench_probe")
     begun = time.perf_counter()
-    with Memory() as memory, ComfyServer(environment, base, out / f"server_{mode}.log", flags, gpu) as server:
+    with Memory() as memory, new_server(base, out / f"server_{mode}.log", flags) as server:
         boot = time.perf_counter() - begun
         info = server.client.get("/object_info")
         steps = 2 if tiny else STEPS

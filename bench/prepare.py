@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,9 +29,12 @@ from .cli import ROOT
 
 SEED = 11
 VOCABULARY = 1200  # pieces of the tokenizer
-WORKFLOW = ROOT / "workflows" / "t2v_480p.json"
+WORKFLOWS = [ROOT / "workflows" / f"{name}.json" for name in ("t2v_480p", "long_video_minute")]
 PTH, SAFETENSORS, DIFFUSERS = "SANA_Video_2B_480p.pth", "sana_video_2b_480p_bf16.safetensors", "sana_video_2b_480p_diffusers"
 TEXT, VAE = "gemma_2_2b_it_elm_bf16.safetensors", "wan_2.1_vae.safetensors"
+# Of the random decoder's pictures: at full contrast they are white noise, which no film comes near and which would time the
+# video encoder alone. At this one its stream has about 7 Mbit/s at 832x480 (160x160 measured), as a detailed film may have.
+CONTRAST = 0.1
 WORDS = "motion score user prompt given generate an enhanced detailed visual description 0 1 2 3 4 5 6 7 8 9 . , : \" -"
 
 
@@ -70,9 +74,18 @@ def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     return out
 
 
+def vae_state(tiny: bool) -> dict[str, torch.Tensor]:
+    """bf16 values of a random Wan VAE under the official names, of full width (96) or of width 8."""
+    with torch.device("meta"):
+        vae = WanVAE(dim=8 if tiny else 96)
+    state = random_state({name: tuple(t.shape) for name, t in vae.state_dict().items()})
+    state["decoder.head.2.weight"] *= CONTRAST
+    return state
+
+
 def words() -> list[str]:
-    """The words of the timed workflow's prompts: a tokenizer that spelt them letter by letter would find them too long."""
-    nodes = json.loads(WORKFLOW.read_text(encoding="utf-8"))["nodes"]
+    """The words of the timed workflows' prompts: a tokenizer that spelt them letter by letter would find them too long."""
+    nodes = [node for path in WORKFLOWS for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]]
     texts = [value for node in nodes for value in node.get("widgets_values") or () if isinstance(value, str) and " " in value]
     return " ".join([WORDS, *texts]).split()
 
@@ -104,8 +117,11 @@ def gemma_state(config: GemmaConfig) -> dict[str, torch.Tensor]:
     return random_state(shapes)
 
 
-def write_all(base: Path, tiny: bool) -> dict[str, float]:
-    """Write every file; {name: seconds}. The writers run side by side, the device makes the values."""
+def write_all(base: Path, tiny: bool, wanted: Collection[str] | None = None) -> dict[str, float]:
+    """Write every file, of the layouts only the ``wanted`` ones (None: all); {name: seconds}.
+
+    The writers run side by side, the device makes the values.
+    """
     spec = dit.workload(tiny).spec
     config = GemmaConfig() if not tiny else replace(
         GemmaConfig(), vocab_size=VOCABULARY, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
@@ -124,19 +140,15 @@ def write_all(base: Path, tiny: bool) -> dict[str, float]:
     exact = {name: t.cpu() for name, t in network(spec).items()}
     half = {name: t.to(torch.bfloat16) for name, t in exact.items()}
     seconds["make the network"] = round(time.perf_counter() - start, 2)
-    paths = layouts(base)
-    pth, safe, folder = paths.values()
+    writers = ((weights.write_pth, exact), (weights.write_safetensors, half), (weights.write_diffusers, half))
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(timed, pth.name, lambda: weights.write_pth(pth, exact, spec)),
-                pool.submit(timed, safe.name, lambda: weights.write_safetensors(safe, half, spec)),
-                pool.submit(timed, folder.name, lambda: weights.write_diffusers(folder, half, spec))]
+        jobs = [pool.submit(timed, path.name, lambda w=write, p=path, v=values: w(p, v, spec))
+                for (layout, path), (write, values) in zip(layouts(base).items(), writers)
+                if wanted is None or layout in wanted]
         text = gemma_state(config) | {"spiece_model": torch.frombuffer(bytearray(tokenizer()), dtype=torch.uint8).clone()}
         metadata = {"config": json.dumps(asdict(config))} if tiny else None
         jobs.append(pool.submit(timed, TEXT, lambda: save_file(text, base / "models" / "text_encoders" / TEXT, metadata)))
-        with torch.device("meta"):
-            vae = WanVAE(dim=8 if tiny else 96)
-        shapes = {name: tuple(t.shape) for name, t in vae.state_dict().items()}
-        jobs.append(pool.submit(timed, VAE, lambda: save_file(random_state(shapes), base / "models" / "vae" / VAE)))
+        jobs.append(pool.submit(timed, VAE, lambda: save_file(vae_state(tiny), base / "models" / "vae" / VAE)))
         for job in jobs:
             job.result()
     return seconds

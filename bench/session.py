@@ -1,8 +1,8 @@
 """The proof on a GPU in one go: model files, layouts and step, the server's three modes; a table last.
 
-``python3 run.py --inside bench session [--tiny] [--parts a,b]`` with COMFYUI_PATH set, in a Python that has torch. Parts are
-processes of their own with time limits; one that fails or hangs is reported and the next one runs. Results and logs go to
-the folder OUT (else bench/results).
+``python3 run.py --inside bench session [--tiny] [--parts=a,b]`` with COMFYUI_PATH set, in a Python that has torch. Parts are
+processes of their own with time limits; one that fails or hangs is reported and the next one runs. Without ``--parts`` the clip
+model's run; those of long video are asked for by name. Results and logs go to the folder OUT (else bench/results).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from pathlib import Path
 from .cli import ROOT
 from .harness import RESULTS
 
-PARTS = {"prepare": 120, "comfy_step": 170, "comfy_server": 280}  # name -> seconds at most
+CLIP = {"prepare": 120, "comfy_step": 170, "comfy_server": 280}  # name -> seconds at most
+LONG = {"memory": 120, "longsana": 240, "wan_decode": 120, "film_server": 330}
+PARTS = CLIP | LONG
+WITH_FILES = {*CLIP, "film_server"}  # these take the folder of the model files
 BASE = "SANA_BENCH_BASE"
 SHOWN = ("ratio", "floor", "overhead", "diffusers", "first")
 
@@ -27,7 +30,8 @@ SHOWN = ("ratio", "floor", "overhead", "diffusers", "first")
 def run_part(name: str, limit: float, base: Path, extra: list[str], log) -> tuple[str, float]:
     """(how it ended, seconds). Output goes to the screen and the log; the whole process group ends at the limit."""
     start = time.perf_counter()
-    command = [sys.executable, str(ROOT / "run.py"), "--inside", "bench", name, str(base), *extra]
+    command = [sys.executable, str(ROOT / "run.py"), "--inside", "bench", name,
+               *([str(base)] if name in WITH_FILES else []), *extra]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                start_new_session=True)
     timer = threading.Timer(limit, lambda: os.killpg(process.pid, signal.SIGKILL))
@@ -59,7 +63,7 @@ def table(out: Path) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     tiny = [a for a in arguments if a == "--tiny"]
-    wanted = next((a.split("=", 1)[1].split(",") for a in arguments if a.startswith("--parts=")), list(PARTS))
+    wanted = next((a.split("=", 1)[1].split(",") for a in arguments if a.startswith("--parts=")), list(CLIP))
     out = Path(os.environ.get("OUT") or RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     base = Path(os.environ.get(BASE) or (out / "base"))

@@ -13,6 +13,9 @@ from comfy_api.latest import io
 
 from ..sana_video_core.errors import SanaVideoError
 from .common import CATEGORY, describe_vae, finite, require_part, vae_geometry
+from .fused_vae import fused_cache, fused_frames
+
+TILED = "Use 'VAE Decode (Tiled)' instead; the sampled latent is kept, only the decoding runs again"
 
 
 class SanaVideoDecode(io.ComfyNode):
@@ -125,6 +128,8 @@ def decode_frames(vae, latent):
     import comfy.ldm.wan.vae
     import torch
 
+    from ..sana_video_core.film.transfer import to_cpu
+
     if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE):
         frames = vae.decode(latent)  # other decoders bring their own way to bound memory
         return frames.reshape(-1, *frames.shape[-3:])
@@ -135,14 +140,30 @@ def decode_frames(vae, latent):
                          dtype=vae.vae_output_dtype())
     for row in range(latent.shape[0]):
         position = 0
-        for group in stream(vae, latent[row:row + 1], latent.shape[0], row):
+        groups = stream(vae, latent[row:row + 1], latent.shape[0], row)
+        for group in to_cpu(groups) if vae.output_device.type == "cpu" else groups:
             frames[row, position:position + len(group)] = group
             position += len(group)
     return frames.reshape(-1, height, width, 3)
 
 
 def stream(vae, latent, rows: int = 1, row: int = 0) -> Iterator:
-    """Groups of frames ``[n, H, W, 3]`` of one latent ``[1, C, T, H, W]``: first 1 frame, then 8 at a time.
+    """Groups of frames ``[n, H, W, 3]`` in 0..1 of one latent ``[1, C, T, H, W]``, in order; where they are made."""
+    import comfy.utils
+
+    cache = fused_cache(vae)
+    if cache is None:
+        yield from _stream_natively(vae, latent, rows, row)
+        return
+    frames = latent.shape[2]
+    progress = comfy.utils.ProgressBar(rows * frames)
+    for i, piece in enumerate(fused_frames(vae, latent, cache, TILED)):
+        yield vae.process_output(piece.to(vae.vae_output_dtype(), copy=True))[0].movedim(0, -1).contiguous()
+        progress.update_absolute(row * frames + i + 1)
+
+
+def _stream_natively(vae, latent, rows: int, row: int) -> Iterator:
+    """:func:`stream` with ComfyUI's modules: first 1 frame, then 8 at a time.
 
     The first group must hold one latent frame and every later one two; only the last may hold one (vae/text spec 1.7).
     """
@@ -167,8 +188,7 @@ def stream(vae, latent, rows: int = 1, row: int = 0) -> Iterator:
             management.raise_non_oom(error)
             raise SanaVideoError(
                 "Not enough memory to decode the video exactly", found=f"{latent.shape[4]}x{latent.shape[3]} latents",
-                action="Use 'VAE Decode (Tiled)' instead; the sampled latent is kept, only the decoding runs again",
-            ) from error
+                action=TILED) from error
         for piece in pieces:
             pixels = vae.process_output(piece.to(vae.output_device, vae.vae_output_dtype(), copy=True))
             yield pixels[0].movedim(0, -1)

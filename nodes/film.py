@@ -12,9 +12,11 @@ from pathlib import Path
 
 from ..sana_video_core.errors import SanaVideoError
 from .common import vae_geometry
+from .fused_vae import fused_cache, fused_frames
 from .long import weights_print
 
 FOLDER = "sana_video"
+KEPT = "Every finished block is on disk: decode later with 'SANA-Video Decode'"
 _NAME = re.compile(r"[^\x00-\x1f<>:\"|?*\\/%]{1,100}")
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 MAX_DEPTH = 4
@@ -66,8 +68,9 @@ def film_stamp(name: object) -> list:
 class NativeStream:
     """ComfyUI's Wan VAE as the core's :class:`~sana_video_core.film.Decoder`.
 
-    Its decoder must get one latent frame first and two or more in every later call (vae/text spec 1.7). A single frame at the
-    end of a block is therefore decoded together with a copy of itself, and once more, dropped, in front of the next block.
+    Where the fused decoder can run, it does. ComfyUI's own must get one latent frame first and two or more in every later call
+    (vae/text spec 1.7): a single frame at the end of a block is decoded together with a copy of itself, and once more, dropped,
+    in front of the next block.
     """
 
     memory = 39  # one more than the decoder remembers, so that the frames that count are decoded in pairs, as without a resume
@@ -79,7 +82,9 @@ class NativeStream:
             raise SanaVideoError("Films are decoded with the Wan 2.1 VAE", found=f"{vae_geometry(vae)}",
                                  action="Choose wan_2.1_vae.safetensors (models/vae)")
         self.vae = vae
-        self.key = f"comfyui wan {weights_print(vae.first_stage_model.state_dict().items())} {vae.vae_dtype}"
+        self._fused = fused_cache(vae)
+        self.key = f"comfyui wan {weights_print(vae.first_stage_model.state_dict().items())} {vae.vae_dtype}" \
+            + (" fused" if self._fused is not None else "")
         self._cache: list | None = None
         self._held = None
 
@@ -87,6 +92,8 @@ class NativeStream:
         """See the protocol."""
         from comfy.ldm.wan.vae import count_cache_layers
 
+        if self._fused is not None:
+            self._fused = type(self._fused)()
         self._cache, self._held = [None] * count_cache_layers(self.vae.first_stage_model.decoder), None
         if before is not None:
             for _ in self.decode(before):
@@ -94,6 +101,18 @@ class NativeStream:
 
     def decode(self, latent) -> Iterator:
         """See the protocol."""
+        from ..sana_video_core.film.transfer import to_cpu
+
+        if self._fused is not None:
+            return to_cpu(self._bytes(p) for p in fused_frames(self.vae, self._raw(latent), self._fused, KEPT))
+        return self._decode_natively(latent)
+
+    def _bytes(self, pixels):
+        import torch
+
+        return (self.vae.process_output(pixels.float())[0].movedim(0, -1) * 255).to(torch.uint8)
+
+    def _decode_natively(self, latent) -> Iterator:
         import comfy.model_management as management
         import torch
 
@@ -141,9 +160,8 @@ class NativeStream:
         except Exception as error:
             management.raise_non_oom(error)
             raise SanaVideoError("Not enough memory to decode the film exactly", found=f"{z.shape[4]}x{z.shape[3]} latents",
-                                 action="Every finished block is on disk: decode later with 'SANA-Video Decode'") from error
-        pixels = torch.cat([self.vae.process_output(p.float()) for p in pieces], 2)
-        return (pixels[0].movedim(0, -1) * 255).to(torch.uint8).cpu()
+                                 action=KEPT) from error
+        return torch.cat([self._bytes(p) for p in pieces]).cpu()
 
 
 def _groups(frames: int) -> list[int]:

@@ -52,7 +52,9 @@ class SanaVideoLoader(io.ComfyNode):
                                        "by block."),
                 io.Combo.Input("precision", options=PRECISIONS, default="auto", advanced=True,
                                tooltip="auto: what suits your card (bf16 on today's). bf16: half the memory of fp32, same "
-                                       "pictures to the eye. fp32: for comparisons only, twice the memory."),
+                                       "pictures to the eye. fp32: for comparisons only, twice the memory. fp8, int8, mxfp8, "
+                                       "nvfp4: made from the file while loading, about half the memory of bf16; the help page "
+                                       "says which card multiplies in them."),
                 io.Combo.Input("mode", options=MODES, default="auto",
                                tooltip="The 480p clip model and LongSANA look the same from outside. auto: by the file's name "
                                        "and form, see the log. clip: 5-second clips. long: LongSANA, 4 steps at CFG 1."),

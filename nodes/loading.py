@@ -12,46 +12,63 @@ from pathlib import Path
 from ..sana_video_core.errors import CheckpointError, SanaVideoError
 from ..sana_video_core.specs import WAN21, ModelSpec
 from .common import describe_vae, require_vae, vae_geometry
+from .lowbit import LOW_BIT, describe, quantise, require_formats, require_same
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ["auto", "bf16", "fp32"]
+PRECISIONS = ["auto", "bf16", "fp32", *LOW_BIT]  # appended only: saved workflows name them
 MODES = ["auto", "clip", "long"]
-QUANT_SUFFIXES = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
 
 
 def load_diffusion(path: str, precision: str = "auto", mode: str = "auto", disable_dynamic: bool = False):
     """A ModelPatcher around the checkpoint at ``path``. Nothing is allocated before the file has been checked."""
     from ..sana_video_core.checkpoint import convert, detect_spec, read_state_dict
+    from ..sana_video_core.checkpoint.keys import QUANT_SUFFIXES
 
     state, source = read_state_dict(path)
-    state, quantised, metadata = split_quantised(state, source.metadata)
-    shapes = {name: tuple(t.shape) for name, t in state.items()}
-    spec = detect_spec(shapes, metadata=metadata, container=source.container, path=path,
+    state, marks = read_quantised(state, source.metadata, source.name)
+    shapes = {name: tuple(t.shape) for name, t in state.items() if not name.endswith(QUANT_SUFFIXES)}
+    spec = detect_spec(shapes, metadata=source.metadata, container=source.container, path=path,
                        hint=None if mode == "auto" else mode)
-    native = convert(state, spec, to="native", quantised=quantised, name=source.name)
-    native.update(quantised)
-    patcher = build_patcher(native, spec, precision, bool(quantised), disable_dynamic)
+    native = convert(state, spec, to="native", quantised=marks, name=source.name)
+    marks = low_bit(native, state, marks, spec, precision, source.name)
+    del state
+    patcher = build_patcher(native, spec, precision, bool(marks), disable_dynamic)
     patcher.cached_patcher_init = (load_diffusion, (path, precision, mode))
-    log.info("%s: %s, %s mode (%s), shift %g", Path(path).name, spec.name, "long" if spec.causal else "clip",
-             "detected" if mode == "auto" else "chosen", spec.flow_shift)
+    log.info("%s: %s, %s mode (%s), shift %g%s", Path(path).name, spec.name, "long" if spec.causal else "clip",
+             "detected" if mode == "auto" else "chosen", spec.flow_shift,
+             f"; {describe(marks, patcher.load_device)}" if marks else "")
     return patcher
 
 
-def split_quantised(state: dict, metadata: dict) -> tuple[dict, dict, dict]:
-    """(plain tensors, tensors of quantised layers, metadata). ComfyUI's own marks are understood (comfyui spec 5.2)."""
-    import comfy.utils
+def read_quantised(state: dict, metadata: dict, name: str) -> tuple[dict, dict]:
+    """(weights, {layer: Mark}). Files with ComfyUI's older marks (``scaled_fp8``) come out in today's form."""
+    from ..sana_video_core.quant.files import read_marks
 
-    try:
-        state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError("The file's list of quantised layers cannot be read", found=str(error)[:120],
-                              action="Download the file again") from error
-    layers = {name.removesuffix(".comfy_quant") for name in state if name.endswith(".comfy_quant")}
-    quantised = {name: t for name, t in state.items() if name.endswith(QUANT_SUFFIXES)}
-    if not layers:
-        return state, {}, metadata
-    return {name: t for name, t in state.items() if name not in quantised}, quantised, metadata
+    if "scaled_fp8" in state:
+        import comfy.utils
+
+        try:
+            state, _ = comfy.utils.convert_old_quants(dict(state), "", metadata={})
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError("The file's list of quantised layers cannot be read", found=str(error)[:120],
+                                  action="Download the file again") from error
+    return state, read_marks(state, metadata, name)
+
+
+def low_bit(native: dict, state: dict, marks: dict, spec: ModelSpec, precision: str, name: str) -> dict:
+    """{layer: Mark} of the model as it will run: the file's own, checked, or those of ``precision``, made here in ``native``."""
+    from ..sana_video_core.quant.files import check_layers
+    from ..sana_video_core.quant.formats import mark_tensor
+
+    if not marks:
+        return quantise(native, spec, precision, name) if precision in LOW_BIT else marks
+    check_layers(state, marks, spec, name)
+    if precision in LOW_BIT:
+        require_same(marks, precision, name)
+    require_formats({mark.format for mark in marks.values()}, f"The file {name}")
+    native.update({f"{layer}.comfy_quant": mark_tensor(mark) for layer, mark in marks.items()})
+    return marks
 
 
 def build_patcher(native: dict, spec: ModelSpec, precision: str, quantised: bool, disable_dynamic: bool):

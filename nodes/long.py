@@ -76,7 +76,7 @@ def weights_print(named) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, t in sorted(named, key=lambda pair: pair[0]):
         digest.update(f"{name}|{tuple(t.shape)}|{t.dtype}|".encode())
-        flat = getattr(t, "_qdata", t).detach().reshape(-1)  # of a quantised weight its stored values
+        flat = t.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLED)
         digest.update(flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes() if flat.numel() else b"")
     return digest.hexdigest()
@@ -86,9 +86,23 @@ def model_print(model) -> str:
     """Fingerprint of the weights of a MODEL without its LoRAs; reckoned once for each loaded model."""
     inner = model.model
     if not hasattr(inner, "sana_video_print"):
-        named = [(key, patches[0][0]) for key, patches in model.get_key_patches("diffusion_model.").items()]
-        inner.sana_video_print = weights_print([(k, t) for k, t in named if hasattr(t, "dtype")])
+        inner.sana_video_print = weights_print(stored_weights(model))
     return inner.sana_video_print
+
+
+def stored_weights(model) -> list[tuple]:
+    """(name, tensor) of all weights of a MODEL without its LoRAs; of a quantised weight the numbers and scales it consists of.
+
+    ComfyUI's own list of them (``get_key_patches``) stops at the scales, which are no attributes of a layer.
+    """
+    named = []
+    with model.use_ejected():
+        for key, weight in model.model.named_parameters():
+            if key.startswith("diffusion_model."):
+                weight = model.backup[key].weight if key in model.backup else weight
+                weight = model.hook_backup[key][0] if key in model.hook_backup else weight
+                named += weight.state_dict(key).items() if hasattr(weight, "_qdata") else [(key, weight)]
+    return named
 
 
 def patches_print(model) -> str:

@@ -67,7 +67,8 @@ def apply_lora(model, spec, state: dict, metadata: dict, strength: float, name: 
     """(patched clone of ``model``, report). Refuses a file of which nothing fits."""
     import comfy.lora
 
-    shapes = {key: tuple(t.shape) for key, t in model.model_state_dict("diffusion_model.").items()}
+    # the parameters and not the state dict: that has the packed shapes of quantised weights, and their scales
+    shapes = {key: tuple(p.shape) for key, p in model.model.named_parameters() if key.startswith("diffusion_model.")}
     table = key_map(shapes, spec)
     wrong = misfits(as_linear(state, table, shapes), table, shapes)
     if wrong:

@@ -96,9 +96,10 @@ _V2_5B = ModelSpec(
 _MINI = ModelSpec(
     name="sana-video-mini", depth=10, width=128, linear_head_dim=32, cross_heads=4, ffn_hidden=384,
     channels=16, patch=(1, 2, 2), caption_channels=128, vae=WAN21, size=(160, 96), frames=81,
-    flow_shift=6.0, cfg=3.0, steps=20,
+    flow_shift=3.0, cfg=3.0, steps=20,
 )
-_MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, steps=12)  # not distilled: many steps, with guidance
+# Not distilled: as many steps and as much guidance as the clip model.
+_MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, flow_shift=6.0)
 
 SPECS: dict[str, ModelSpec] = {s.name: s for s in (_2B_480P, _2B_720P, _LONGSANA, _V2_5B, _MINI, _MINI_LONG)}
 

@@ -54,7 +54,7 @@ def validate(
     if any(names for names, _ in faults):
         raise CheckpointError(
             f"The checkpoint {name} does not fit {spec.name}".replace("  ", " "),
-            found="; ".join(_listed(names, kind) for names, kind in faults if names),
+            found="; ".join(listed(names, kind) for names, kind in faults if names),
             expected=f"the {len(expected)} tensors of {spec.name} in {naming} naming",
             action="Download the file again, or choose a file of this model")
     return naming
@@ -88,7 +88,8 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _listed(names: list[str], kind: str) -> str:
+def listed(names: list[str], kind: str) -> str:
+    """'5 missing (a, b, c, d and 1 more)'."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{len(names)} {kind} ({', '.join(n[:100] for n in names[:SHOWN])}{more})"
 
@@ -118,8 +119,8 @@ def convert_items(
                              expected="ComfyUI's naming on both sides", action="Convert before quantising")
     for key, entry in key_table(spec).items():
         if key.removesuffix(".weight") in layers:
-            if key in state:
-                yield key, state[key]
+            if key in state:  # packed as it is; a convolution of one number a weight becomes a matrix like any other
+                yield key, to_matrix(state[key], entry) if tuple(state[key].shape) == entry.original else state[key]
         elif naming == "diffusers" and to == "diffusers":
             yield from ((part, state[part]) for part in entry.diffusers)
         else:

@@ -25,6 +25,7 @@ from ..errors import SanaVideoError, StateError
 from ..state.atomic import PART, SYSTEM, append_synced, disk_error, hasher, write_atomic
 from ..vae.wan import DECODER_MEMORY, WanCache, WanVAE, denormalize
 from .folder import Film
+from .transfer import to_cpu
 
 TICKS = 1000  # of the video's clock in one frame, times the denominator of the frame rate
 VIDEO = "film.mp4"
@@ -61,18 +62,25 @@ class WanStream:
             self._cache = WanCache() if before is None else self.vae.rebuild_cache(self._raw(before))
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
+        return to_cpu(self._decode(latent))
+
+    def _decode(self, latent: Tensor) -> Iterator[Tensor]:
         frames = self.vae.decode_stream(self._raw(latent), self._cache)
         while True:
             with torch.no_grad():
                 piece = next(frames, None)
             if piece is None:
                 return
-            yield to_uint8(piece[0].movedim(0, -1))
+            yield _bytes(piece[0].movedim(0, -1))
+
+
+def _bytes(frames: Tensor) -> Tensor:
+    return (frames.float().clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)
 
 
 def to_uint8(frames: Tensor) -> Tensor:
     """Pixels in -1..1 to uint8 on the CPU, as the official script rounds them."""
-    return (frames.float().clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8).cpu()
+    return _bytes(frames).cpu()
 
 
 def boxes(data: bytes) -> list[tuple[str, int, int]]:

@@ -1,6 +1,6 @@
 """The operators the network is made of. Call these; the registry chooses the backend."""
 
-from . import fused, fused_torch, library, reference
+from . import frames, frames_fused, fused, fused_torch, library, reference
 from .reference import Contribution
 from .registry import OPERATORS, Constraint, Operator, force, operator, report
 
@@ -12,13 +12,20 @@ linear_attention = operator(reference.linear_attention)
 softmax_attention = operator(reference.softmax_attention)
 gated_depthwise = operator(reference.gated_depthwise)
 temporal_taps = operator(reference.temporal_taps)
+open_window = operator(frames.open_window)
+causal_step = operator(frames.causal_step)
+time_double = operator(frames.time_double)
+upsample_conv = operator(frames.upsample_conv)
+pixel_conv = operator(frames.pixel_conv)
+frame_attention = operator(frames.frame_attention)
 
 fused.register(OPERATORS)
 fused_torch.register(OPERATORS)
 library.register(OPERATORS)
+frames_fused.register(OPERATORS)
 
 __all__ = [
-    "OPERATORS", "Constraint", "Contribution", "Operator", "force", "gated_depthwise", "gated_residual",
-    "linear_attention", "modulate_norm", "operator", "report", "residual_norm", "rms_norm", "softmax_attention",
-    "temporal_taps",
+    "OPERATORS", "Constraint", "Contribution", "Operator", "causal_step", "force", "frame_attention", "gated_depthwise",
+    "gated_residual", "linear_attention", "modulate_norm", "open_window", "operator", "pixel_conv", "report", "residual_norm",
+    "rms_norm", "softmax_attention", "temporal_taps", "time_double", "upsample_conv",
 ]

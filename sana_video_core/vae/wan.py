@@ -3,7 +3,8 @@
 One set of weights, two ways to run it. *Streaming* goes through time in the causal order with a :class:`WanCache`: one latent
 frame at a time, so every partition of a video gives the same bits. *Parallel* (``encode_parallel``, ``decode_parallel``) does a
 whole clip at once, differentiable, for training; it is the same function up to rounding. Names are the official ones, so
-one file serves ComfyUI and the core. Latents here are raw; :func:`normalize` takes them to the DiT's space.
+one file serves ComfyUI and the core. Latents here are raw; :func:`normalize` takes them to the DiT's space. On a CUDA card in
+bfloat16 streaming decode is ``vae/fused.py``'s: the same function, rounded less often.
 Not covered: loading (``vae/loading.py``), tiling.
 """
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SanaVideoError
+from .fused import stream_latents
 
 WAN21_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -47,13 +49,15 @@ class WanCache:
     """What a coder remembers of the frames before: one slot a causal convolution, in call order.
 
     A slot is None (nothing seen), :data:`SEEN` (a temporal up-step that has let the first frame pass) or a tensor of the last
-    one or two input frames. Belongs to one video; never shared.
+    one or two input frames. ``decoder`` is a faster form of the network that a backend made for this video, None without.
+    Belongs to one video; never shared.
     """
 
     SEEN = "seen"
 
     def __init__(self, slots: list | None = None):
         self.slots: list = [] if slots is None else slots
+        self.decoder = None
         self._cursor = 0
 
     def rewind(self) -> WanCache:
@@ -292,8 +296,7 @@ class WanVAE(nn.Module):
     def decode_stream(self, latent: Tensor, cache: WanCache) -> Iterator[Tensor]:
         """Pixels of each latent frame in turn: 1 frame for a video's first latent, 4 for every later one; not clamped."""
         self._check_latent(latent)
-        for i in range(latent.shape[2]):
-            yield self.decoder(self.conv2(latent[:, :, i:i + 1]), cache.rewind())
+        yield from stream_latents(latent, self, cache)
 
     def decode(self, latent: Tensor, cache: WanCache | None = None) -> Tensor:
         """Pixels ``[B, 3, T, H, W]`` (about -1..1, not clamped) of a raw latent; with a cache, the continuation of a video."""

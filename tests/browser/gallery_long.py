@@ -64,7 +64,7 @@ Every finished block is kept in **output/sana_video/mini_long_video**, and *film
 made. Press **Cancel** and **Run** again: it goes on where it was.
 
 **Change** the *prompt* or the *seed* (another video), or *blocks* (24 is a minute; the first 12 are kept). Another size needs
-another *run_folder*. *window*, *cfg* and *solver* stay: this model remembers two blocks and takes 12 guided steps.
+another *run_folder*. *window*, *cfg* and *solver* stay: this model remembers two blocks and takes 20 guided steps.
 
 It knows: red, yellow, green, blue, purple, white · circle, square, triangle, star · stays still, slides left and right,
 bounces up and down, moves in a circle, spins, grows and shrinks · black, grey, navy background.

@@ -11,6 +11,7 @@ from comfygraphs import CLOSE, STEPS, advanced, by_hand, graph, ksampler, relati
 
 import inprocess as ip
 from inprocess import node, run
+from sana_video_core.specs import SPECS
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "uni_pc", "res_multistep"])
@@ -36,7 +37,9 @@ def test_ksampler_equals_a_plain_euler_loop(world):
 def test_flow_dpm_equals_the_formulas_of_the_paper_code(world):
     outcome = run(graph(**advanced("flow-DPM", "flow-DPM", steps=5)))
     sigmas = outcome.output("11")
-    assert len(sigmas) == 6 and math.isclose(float(sigmas[0]), 3 * 0.999 / (1 + 2 * 0.999), abs_tol=1e-6) and sigmas[-1] == 0
+    shift = SPECS["sana-video-mini"].flow_shift
+    first = shift * 0.999 / (1 + (shift - 1) * 0.999)
+    assert len(sigmas) == 6 and math.isclose(float(sigmas[0]), first, abs_tol=1e-6) and sigmas[-1] == 0
     import comfy.sample
 
     noise = comfy.sample.prepare_noise(torch.zeros(1, 16, 3, 4, 8), 1)

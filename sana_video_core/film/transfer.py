@@ -1,0 +1,38 @@
+"""Frames from a CUDA device to the CPU while the device goes on with the next ones.
+
+A plain copy waits for all work queued before it, and the device then waits for whoever takes the frames. Here the copy of a
+piece is queued as soon as it is made, into page-locked memory, and a piece is handed out a few pieces later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+AHEAD = 4  # pieces on their way: the latent frames that the fused decoder makes in one pass
+
+
+def to_cpu(pieces: Iterable[Tensor], ahead: int = AHEAD) -> Iterator[Tensor]:
+    """The same tensors on the CPU, in order; those that are there already are not held back."""
+    waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    for piece in pieces:
+        if not piece.is_cuda:
+            yield piece
+            continue
+        copy = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True)
+        copy.copy_(piece, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(piece.device))
+        waiting.append((copy, arrived))
+        if len(waiting) > ahead:
+            yield _wait(*waiting.popleft())
+    while waiting:
+        yield _wait(*waiting.popleft())
+
+
+def _wait(copy: Tensor, arrived: torch.cuda.Event) -> Tensor:
+    arrived.synchronize()
+    return copy

@@ -1,0 +1,76 @@
+"""The operators of the video decoder in plain torch: the truth that their faster backends are held to.
+
+Layout: *frames* ``[B, T, H, W, C]`` contiguous (torch's channels_last_3d, without its ambiguity at sizes of one). A *window*
+``[B, 2 + T, H + 2, W + 2, C]`` is what a causal 3x3x3 convolution reads: the frames with a border of one zero pixel, and in
+front of them room for the two frames before. What lies in the room is no input and may be overwritten: the *history*
+``[B, 2, H + 2, W + 2, C]`` is an argument of its own, None where nothing came before (zeros).
+Convolution weights are ``[out, (time,) height, width, in]`` contiguous. Source: vae/text spec 1.1, 1.4.
+Not covered: the cache (``vae/fused.py``), gradients of the fused backends (``frames_fused.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAST = 2  # frames before its own that a causal convolution sees
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
+
+
+def open_window(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+    """Window of frames ``x``, or of ``SiLU(x / |x| * sqrt(C) * gamma)`` with ``gamma [C]`` (norm over channels)."""
+    if gamma is not None:
+        x = F.silu(F.normalize(x, dim=-1) * (x.shape[-1] ** 0.5 * gamma))
+    return F.pad(x, (0, 0, 1, 1, 1, 1, PAST, 0))
+
+
+def _conv(x: Tensor, history: Tensor | None, room: int, weight: Tensor, bias: Tensor) -> Tensor:
+    """3-D convolution without padding over (history, or zeros, and x after its room)."""
+    before = x.new_zeros(x.shape[0], PAST, *x.shape[2:]) if history is None else history
+    full = torch.cat((before, x[:, room:]), 1)
+    return F.conv3d(_channels_first(full), _channels_first(weight), bias)
+
+
+def causal_step(
+    window: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None = None,
+    gamma: Tensor | None = None, keep: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """A causal 3x3x3 convolution, and all that happens before the next one.
+
+    Returns ``total = conv + bias + residual`` ``[B, T, H, W, C']`` (None unless ``keep``) and, when there is a gamma, the
+    :func:`open_window` of total with it (None without).
+    """
+    total = _conv(window, history, PAST, weight, bias).movedim(1, -1)
+    if residual is not None:
+        total = residual + total
+    return total.contiguous() if keep else None, None if gamma is None else open_window(total, gamma)
+
+
+def time_double(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """Twice the frames: a causal convolution over three frames with 2C outputs, halves of which are two frames in turn.
+
+    x ``[B, T, H, W, C]``, history ``[B, 2, H, W, C]`` or None, weight ``[2C, 3, 1, 1, C]`` -> ``[B, 2T, H, W, C]``.
+    """
+    y = _conv(x, history, 0, weight, bias).movedim(1, -1)
+    return y.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2).contiguous()
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Every frame at twice the size (nearest), then a 3x3 convolution with zero padding: ``[B, T, 2H, 2W, C']``."""
+    y = F.interpolate(_channels_first(x.flatten(0, 1)), scale_factor=2.0, mode="nearest-exact")
+    y = F.conv2d(y, _channels_first(weight), bias, padding=1)
+    return y.movedim(1, -1).unflatten(0, x.shape[:2]).contiguous()
+
+
+def pixel_conv(window: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """The last causal convolution, with a few outputs: pixels ``[B, out, T, H, W]``, channels first."""
+    return _conv(window, history, PAST, weight, bias).contiguous()
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Single-head softmax attention inside each frame: ``[frames, tokens, C]`` each."""
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
