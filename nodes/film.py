@@ -68,9 +68,9 @@ def film_stamp(name: object) -> list:
 class NativeStream:
     """ComfyUI's Wan VAE as the core's :class:`~sana_video_core.film.Decoder`.
 
-    Where the fused decoder can run, it does. ComfyUI's own must get one latent frame first and two or more in every later call
-    (vae/text spec 1.7): a single frame at the end of a block is decoded together with a copy of itself, and once more, dropped,
-    in front of the next block.
+    The fused decoder runs where it can and has been asked for. ComfyUI's own must get one latent frame first and two or more in
+    every later call (vae/text spec 1.7): a single frame at the end of a block is decoded together with a copy of itself, and
+    once more, dropped, in front of the next block.
     """
 
     memory = 39  # one more than the decoder remembers, so that the frames that count are decoded in pairs, as without a resume

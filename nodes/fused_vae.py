@@ -1,4 +1,4 @@
-"""ComfyUI's Wan VAE through the core's fused decoder: on a CUDA card in bfloat16, some times as fast as ComfyUI's modules.
+"""ComfyUI's Wan VAE through the core's fused decoder: on a CUDA card in bfloat16, where it has been asked for.
 
 The VAE object stays ComfyUI's. It chooses the precision (``vae_dtype``: bfloat16 where the card has it; with --fp32-vae or
 --fp16-vae its own modules decode), and its memory management makes room before every call. The fused decoder reads the weights

@@ -124,13 +124,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] = ()) -> int:
     """The command; returns the exit status. The last line printed is ``adherence: X``."""
-    if any(word == "--film" or word.startswith("--film=") for word in argv):
-        from . import evaluate_film
-
-        return evaluate_film.main(argv)
     try:
-        options = _arguments(argv)
-        return _clips(options)
+        if any(word == "--film" or word.startswith("--film=") for word in argv):
+            from .evaluate_film import judge_films
+
+            return judge_films(argv)
+        return _clips(_arguments(argv))
     except SanaVideoError as e:
         print(f"judge: {e}", file=sys.stderr)
         return 2

@@ -322,17 +322,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] = ()) -> int:
-    """The command; returns the exit status. The last line printed is ``adherence: X``, the lower of beginning and end."""
-    try:
-        options = _arguments(argv)
-        return _films(options)
-    except SanaVideoError as error:
-        print(f"judge: {error}", file=sys.stderr)
-        return 2
-
-
-def _films(options: argparse.Namespace) -> int:
+def judge_films(argv: Sequence[str]) -> int:
+    """``run.py judge --film BLOCKS ...``. Prints ``adherence: X`` last, the lower of beginning and end; returns 0."""
+    options = _arguments(argv)
     device = pick_device(options.device)
     batch, cases, blocks = options.batch or (64 if device.type == "cuda" else 4), draw_cases(options.films), options.film
     if options.world:

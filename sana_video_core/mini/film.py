@@ -9,7 +9,6 @@ command line is what the film in the folder was made with. Not covered: run fold
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.integrity import digests
 from ..errors import SanaVideoError
 from ..film import Film, FilmBlock, FilmPlan, FilmSettings, FilmVideo, WanStream, make_film
 from ..film.plan import fingerprint
@@ -48,11 +48,7 @@ def recipe_of(spec: ModelSpec, steps: int | None = None, cfg: float | None = Non
 
 def weights_print(module: torch.nn.Module) -> str:
     """Fingerprint of all weights: names, shapes, dtypes and every value."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, t in sorted(module.state_dict().items()):
-        digest.update(f"{name}|{tuple(t.shape)}|{t.dtype}|".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return fingerprint(sorted(digests({name: t.cpu() for name, t in module.state_dict().items()}).items()))
 
 
 class LongModel:

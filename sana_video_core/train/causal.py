@@ -28,7 +28,7 @@ from ..sampling.schedules import flow_dpm_sigmas, shifted
 from ..specs import ModelSpec, get_spec
 from ..text.encode import load_text_encoder
 from ..vae.loading import load_wan_vae
-from .common import Average, Clock, Graphed, Optimiser, Processes, check_finite
+from .common import Average, Clock, Graphed, Optimiser, Processes, Record
 from .continuation import continuation_errors
 from .parallel import Arrangement, BlockCausal, Layout, arrange, block_causal_operators
 from .pieces import BASE, Pieces, empty_caption, make_pieces
@@ -253,24 +253,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(network, parallel, average, optimiser, rows: Rows, args, processes) -> list[tuple[int, float, float]]:
     """The loop; returns (step, progress, smoothed loss) rows."""
-    history, smooth = [], None
     began = time.time()
     loss_and_gradients = Graphed(lambda *tensors: causal_loss(network, parallel, Batch.of(tensors)),
                                  rows.batch(args.batch).flat(), optimiser.parameters)
     processes.say(f"causal: first steps {time.time() - began:.0f} s")
     processes.agree(0.0)  # nobody's clock runs before all are ready
     clock = Clock(processes, args.seconds)
+    record = Record("causal", processes, clock, 50)
     while (progress := clock.tick()) < 1:
         loss = loss_and_gradients(*rows.batch(args.batch).flat())
         optimiser.step(clock.factor(progress), processes)
         average.update(network, clock.step)
-        smooth = loss if smooth is None else torch.lerp(smooth, loss, 0.02)
-        if clock.step % 50 == 1:
-            value = check_finite(smooth, clock.step)
-            history.append((clock.step, round(progress, 4), round(value, 5)))
-            processes.say(f"causal {progress:4.0%} step {clock.step} loss {value:.4f}")
-    processes.say(f"causal: {clock.step - 1} steps, loss {check_finite(smooth, clock.step):.4f}")
-    return history
+        record.add(loss, progress)
+    return record.finish()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ..specs import get_spec
 from ..text.encode import TOKENIZER_KEY, Tokenizer, load_text_encoder
 from ..text.gemma import MINI_CONFIG, Gemma2
 from ..vae.loading import load_wan_vae
-from .common import Average, Clock, Graphed, Optimiser, Processes, check_finite
+from .common import Average, Clock, Graphed, Optimiser, Processes, Record
 from .data import make_clips
 from .fast import training_operators
 
@@ -125,21 +125,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(pair, average, optimiser, data, args, processes) -> list[tuple[int, float, float]]:
     """The loop; returns (step, progress, smoothed loss) rows."""
-    history, smooth = [], None
     shifts = torch.tensor(args.shifts, device=processes.device)
     loss_and_gradients = Graphed(lambda latent, ids, mask: flow_loss(pair, latent, ids, mask, shifts),
                                  data.batch(args.batch, 0.1), optimiser.parameters)
     clock = Clock(processes, args.seconds)
+    record = Record("clip", processes, clock, 100)
     while (progress := clock.tick()) < 1:
         loss = loss_and_gradients(*data.batch(args.batch, 0.1))
         optimiser.step(clock.factor(progress), processes)
         average.update(pair, clock.step)
-        smooth = loss if smooth is None else torch.lerp(smooth, loss, 0.02)
-        if clock.step % 100 == 1:
-            value = check_finite(smooth, clock.step)
-            history.append((clock.step, round(progress, 4), round(value, 5)))
-            processes.say(f"clip {progress:4.0%} step {clock.step} loss {value:.4f}")
-    return history
+        record.add(loss, progress)
+    return record.finish()
 
 
 if __name__ == "__main__":

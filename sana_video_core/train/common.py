@@ -181,6 +181,33 @@ class Average:
         torch._foreach_lerp_(mine, theirs, weight)
 
 
+class Record:
+    """The smoothed loss of a run: a row, and a line on the screen, every so many steps.
+
+    ``rows`` are (step, progress, loss). ``rate`` is the weight of a new loss in the smoothed one.
+    """
+
+    def __init__(self, name: str, processes: Processes, clock: Clock, every: int, rate: float = 0.02):
+        self.name, self.processes, self.clock, self.every, self.rate = name, processes, clock, every, rate
+        self.rows: list[tuple[int, float, float]] = []
+        self.smooth: Tensor | None = None
+
+    def add(self, loss: Tensor, progress: float, more: str = "") -> None:
+        """The loss of the step just made; stops a run that has left the numbers."""
+        step = self.clock.step
+        self.smooth = loss if self.smooth is None else torch.lerp(self.smooth, loss, self.rate)
+        if step % self.every == 1:
+            value = check_finite(self.smooth, step)
+            self.rows.append((step, round(progress, 4), round(value, 5)))
+            self.processes.say(f"{self.name} {progress:4.0%} step {step} loss {value:.4f}{more}")
+
+    def finish(self) -> list[tuple[int, float, float]]:
+        """All rows, after a last line."""
+        steps = self.clock.step - 1  # the last tick only ended the run
+        self.processes.say(f"{self.name}: {steps} steps, loss {check_finite(self.smooth, steps):.4f}")
+        return self.rows
+
+
 def check_finite(loss: Tensor, step: int) -> float:
     """The loss as a number; a run that has left the numbers is stopped at once."""
     value = float(loss.detach())

@@ -32,7 +32,7 @@ from ..specs import get_spec
 from ..state import LayerState, RecurrentState
 from ..state.recurrent import tensors
 from .causal import add_options, load_network, load_pieces
-from .common import Average, Clock, Graphed, Optimiser, Processes, check_finite
+from .common import Average, Clock, Graphed, Optimiser, Processes, Record
 from .continuation import continuation_errors
 from .pieces import BASE, Pieces, empty_caption
 from .replay import Places, Player, layers_of, place_state
@@ -251,10 +251,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(student, films: Films, average, optimiser, args, processes) -> list[tuple[int, float, float]]:
     """The loop; returns (step, progress, smoothed loss) rows."""
-    history, smooth = [], None
     learn = Lessons(student, films.places, optimiser, not args.no_graphs)
     warm_up(learn, films, processes)
     clock = Clock(processes, args.seconds)
+    record = Record("distill", processes, clock, 25, 0.04)
     mine, theirs = list(films.runner.network.parameters()), list(student.parameters())
     while (progress := clock.tick()) < 1:
         longest = 1 + round((args.longest - 1) * min(1.0, 2 * progress))
@@ -263,13 +263,8 @@ def train(student, films: Films, average, optimiser, args, processes) -> list[tu
         average.update(student, clock.step)
         with torch.no_grad():
             torch._foreach_copy_(mine, theirs)
-        smooth = loss if smooth is None else torch.lerp(smooth, loss, 0.04)
-        if clock.step % 25 == 1:
-            value = check_finite(smooth, clock.step)
-            history.append((clock.step, round(progress, 4), round(value, 5)))
-            processes.say(f"distill {progress:4.0%} step {clock.step} loss {value:.4f} (films of up to {longest} blocks)")
-    processes.say(f"distill: {clock.step - 1} steps, loss {check_finite(smooth, clock.step):.4f}")
-    return history
+        record.add(loss, progress, f" (films of up to {longest} blocks)")
+    return record.finish()
 
 
 class Lessons:

@@ -4,7 +4,7 @@ One set of weights, two ways to run it. *Streaming* goes through time in the cau
 frame at a time, so every partition of a video gives the same bits. *Parallel* (``encode_parallel``, ``decode_parallel``) does a
 whole clip at once, differentiable, for training; it is the same function up to rounding. Names are the official ones, so
 one file serves ComfyUI and the core. Latents here are raw; :func:`normalize` takes them to the DiT's space. On a CUDA card in
-bfloat16 streaming decode is ``vae/fused.py``'s: the same function, rounded less often.
+bfloat16 streaming decode can be ``vae/fused.py``'s: the same function, rounded less often.
 Not covered: loading (``vae/loading.py``), tiling.
 """
 

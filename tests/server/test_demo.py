@@ -6,11 +6,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from commands import starter
 
 GROUP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
 CTRL_C = signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT
@@ -19,19 +19,8 @@ CTRL_C = signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT
 @pytest.fixture
 def demo(root, comfyui_path, tmp_path):
     """Starts run.py demo with further arguments; ends what is left of it afterwards."""
-    started = []
-
-    def start(*arguments: str) -> subprocess.Popen:
-        variables = os.environ | {"COMFYUI_PATH": str(comfyui_path), "COMFYUI_PYTHON": sys.executable}
-        process = subprocess.Popen([sys.executable, root / "run.py", "demo", "--out", tmp_path, *arguments], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables, **GROUP)
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    with starter(root, comfyui_path, "demo", "--out", tmp_path, stderr=subprocess.STDOUT, **GROUP) as start:
+        yield start
 
 
 def test_demo_makes_a_video_that_shows_what_the_prompt_says(demo, tmp_path):

@@ -11,24 +11,14 @@ import threading
 import time
 
 import pytest
+from commands import starter
 
 
 @pytest.fixture
 def start(root, comfyui_path):
     """Starts run.py with arguments, in a process group of its own as a terminal would; ends what is left of it."""
-    started = []
-
-    def begin(*arguments: str) -> subprocess.Popen:
-        variables = os.environ | {"COMFYUI_PATH": str(comfyui_path), "COMFYUI_PYTHON": sys.executable}
-        process = subprocess.Popen([sys.executable, root / "run.py", *arguments], text=True, env=variables,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    with starter(root, comfyui_path, stderr=subprocess.PIPE, start_new_session=True) as begin:
+        yield begin
 
 
 def test_the_film_command_gets_its_arguments_and_gives_its_exit_code(start, tmp_path):
