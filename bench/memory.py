@@ -43,8 +43,8 @@ def held(device: str) -> tuple[int, int, int]:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_stats()["requested_bytes.all.current"], torch.cuda.memory_allocated(), peak
-    living = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-              for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"}
+    living = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()  # a compiler's stand-ins have no memory
+              for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"}
     return (sum(living.values()),) * 3
 
 

@@ -151,7 +151,7 @@ def stream(vae, latent, rows: int = 1, row: int = 0) -> Iterator:
     """Groups of frames ``[n, H, W, 3]`` in 0..1 of one latent ``[1, C, T, H, W]``, in order; where they are made."""
     import comfy.utils
 
-    cache = fused_cache(vae)
+    cache, _ = fused_cache(vae)
     if cache is None:
         yield from _stream_natively(vae, latent, rows, row)
         return

@@ -82,9 +82,9 @@ class NativeStream:
             raise SanaVideoError("Films are decoded with the Wan 2.1 VAE", found=f"{vae_geometry(vae)}",
                                  action="Choose wan_2.1_vae.safetensors (models/vae)")
         self.vae = vae
-        self._fused = fused_cache(vae)
+        self._fused, backend = fused_cache(vae)
         self.key = f"comfyui wan {weights_print(vae.first_stage_model.state_dict().items())} {vae.vae_dtype}" \
-            + (" fused" if self._fused is not None else "")
+            + (f" {backend}" if backend else "")
         self._cache: list | None = None
         self._held = None
 

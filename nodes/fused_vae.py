@@ -1,4 +1,4 @@
-"""ComfyUI's Wan VAE through the core's fused decoder: on a CUDA card in bfloat16, where it has been asked for.
+"""ComfyUI's Wan VAE through the core's decoder of operators: on a CPU, and where it has been asked for on a CUDA card in bfloat16.
 
 The VAE object stays ComfyUI's. It chooses the precision (``vae_dtype``: bfloat16 where the card has it; with --fp32-vae or
 --fp16-vae its own modules decode), and its memory management makes room before every call. The fused decoder reads the weights
@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 
 
 def fused_cache(vae):
-    """A new cache for decoding a video of ``vae`` (a Wan VAE) with the fused decoder; None where it cannot, said in the log."""
+    """(a new cache for decoding a video of ``vae``, a Wan VAE, with the core's decoder; the name of its backend).
+
+    (None, "") where it cannot, said in the log."""
     import torch
 
     from ..sana_video_core.vae.fused import stream_latents
@@ -25,10 +27,10 @@ def fused_cache(vae):
     cache, probe = WanCache(), torch.empty(1, vae.latent_channels, 1, 1, 1, device=vae.device, dtype=vae.vae_dtype)
     backend, _, reasons = stream_latents.choose(probe, vae.first_stage_model, cache)
     if backend != "reference" and not vae.patcher.patches:
-        return cache
+        return cache, backend
     log.info("ComfyUI's own modules decode: %s", "the VAE is patched" if backend != "reference" else
              "; ".join(reasons.values()) or "the plain decoder was asked for")
-    return None
+    return None, ""
 
 
 def fused_frames(vae, latent, cache, action: str) -> Iterator:

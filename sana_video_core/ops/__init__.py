@@ -1,6 +1,6 @@
 """The operators the network is made of. Call these; the registry chooses the backend."""
 
-from . import frames, frames_fused, fused, fused_torch, library, reference
+from . import frames, frames_cpu, frames_fused, fused, fused_torch, library, reference
 from .reference import Contribution
 from .registry import OPERATORS, Constraint, Operator, force, operator, report
 
@@ -23,6 +23,7 @@ fused.register(OPERATORS)
 fused_torch.register(OPERATORS)
 library.register(OPERATORS)
 frames_fused.register(OPERATORS)
+frames_cpu.register(OPERATORS)
 
 __all__ = [
     "OPERATORS", "Constraint", "Contribution", "Operator", "causal_step", "force", "frame_attention", "gated_depthwise",

@@ -215,11 +215,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_pieces(args: argparse.Namespace, blocks: int, switch: float, processes: Processes) -> tuple[Pieces, Pieces | None]:
-    """(pieces to learn from, unseen ones without cuts for the figures at the end; the latter in the first process only)."""
+    """(pieces to learn from, unseen ones without cuts for the figures at the end; the latter in the first process only).
+
+    ``blocks`` 0: captions without film, and no unseen pieces."""
     began, device = time.time(), processes.device
     vae, text = load_wan_vae(args.vae, device=device), load_text_encoder(args.clip / NAMES["text"], device=device)
     pieces = make_pieces(vae, text, args.pieces, args.seed + processes.rank, device, blocks, switch)
-    tests = make_pieces(vae, text, args.tests, 99, device, TEST_BLOCKS, 0.0) if processes.first else None
+    tests = make_pieces(vae, text, args.tests, 99, device, TEST_BLOCKS, 0.0) if processes.first and blocks else None
     processes.say(f"pieces: {tuple(pieces.latents.shape)}, {time.time() - began:.0f} s")
     return pieces, tests
 

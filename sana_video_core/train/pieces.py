@@ -80,18 +80,21 @@ def cut_video(scenes: list[Scene], others: list[Scene | None], cuts: list[int], 
 @torch.no_grad()
 def make_pieces(vae: WanVAE, text: TextEncoder, count: int, seed: int, device, blocks: int, switch: float = 0.15,
                 chunk: int = 8) -> Pieces:
-    """Render, encode and caption ``count`` pieces of ``blocks`` blocks; a share ``switch`` of them is cut at a block border."""
+    """Render, encode and caption ``count`` pieces of ``blocks`` blocks; a share ``switch`` of them is cut at a block border.
+
+    With ``blocks`` 0 only captions are made: the latents have the right size and no frames.
+    """
     rng = random.Random(seed)
-    length = 1 + BASE * blocks
+    length = 1 + BASE * blocks if blocks else 0
     latents, rows, cuts = [], [], []
     for first in range(0, count, chunk):
         scenes = [training_scene(rng) for _ in range(min(chunk, count - first))]
         others = [training_scene(rng) if blocks > 1 and rng.random() < switch else None for _ in scenes]
         own = [length if other is None else 1 + BASE * rng.randrange(1, blocks) for other in others]
-        video = to_unit(cut_video(scenes, others, own, 1 + 4 * (length - 1), device).permute(0, 4, 1, 2, 3))
+        video = to_unit(cut_video(scenes, others, own, 1 + 4 * max(length - 1, 0), device).permute(0, 4, 1, 2, 3))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             raw = vae.encode_parallel(video)[0]
-        latents.append(normalize(raw.float()).half().transpose(1, 2))
+        latents.append(normalize(raw.float()).half().transpose(1, 2)[:, :length])
         cuts += own
         for scene, other in zip(scenes, others):
             rows += wordings(scene, rng, text.tokenizer) + wordings(other or scene, rng, text.tokenizer)

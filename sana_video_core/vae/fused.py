@@ -1,9 +1,10 @@
-"""The Wan 2.1 decoder on a CUDA card in bfloat16: the operators of ``ops/frames.py`` in a row, several latent frames a pass.
+"""The Wan 2.1 decoder as the operators of ``ops/frames.py`` in a row, channels last all the way.
 
-Not run on a card yet, so it waits for :data:`TRIAL`. Works on any module tree with the official names (the core's ``WanVAE``,
+On a CPU in float32, a latent frame a pass; on a CUDA card in bfloat16 several of them, which has not run on a card yet and so
+waits for :data:`TRIAL`. Works on any module tree with the official names (the core's ``WanVAE``,
 ComfyUI's), whose weights it copies or views in the layout of the operators. Every latent frame sees what it would see alone,
 and the cache holds what the plain decoder's holds, so a video may change between the two at any latent frame.
-:data:`stream_latents` chooses; elsewhere than on such a card it is the plain decoder, bit for bit.
+:data:`stream_latents` chooses; elsewhere it is the plain decoder, bit for bit.
 Not covered: encoding, gradients.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import Constraint, operator
+from ..ops.frames_cpu import onednn_missing
 
 TRIAL = "SANA_VIDEO_FUSED_VAE"  # environment variable
 GROUP = 4  # most latent frames a pass: more gain nothing (the frames before a pass weigh 1 / 8 of it), and need memory
@@ -205,9 +207,18 @@ def _free_memory(device: torch.device) -> int:
 
 def stream_latents_fused(latent: Tensor, network: nn.Module, cache) -> Iterator[Tensor]:
     """See :data:`stream_latents`; the work is done for up to :data:`GROUP` latent frames at a time."""
+    width = network.decoder.head[0].gamma.shape[0]
+    return _stream(latent, network, cache, group_that_fits(latent, _free_memory(latent.device), width))
+
+
+def stream_latents_cpu(latent: Tensor, network: nn.Module, cache) -> Iterator[Tensor]:
+    """See :data:`stream_latents`; a latent frame at a time, so that a video has the same bits in any partition."""
+    return _stream(latent, network, cache, 1)
+
+
+def _stream(latent: Tensor, network: nn.Module, cache, group: int) -> Iterator[Tensor]:
     if cache.decoder is None or not cache.decoder.fits(network, latent):
         cache.decoder = FusedDecoder(network, latent)
-    group = group_that_fits(latent, _free_memory(latent.device), network.decoder.head[0].gamma.shape[0])
     start = 0
     while start < latent.shape[2]:
         fresh = all(slot is None for slot in cache.slots)
@@ -218,19 +229,29 @@ def stream_latents_fused(latent: Tensor, network: nn.Module, cache) -> Iterator[
 
 
 def _is_wan(latent: Tensor, network: nn.Module, cache) -> str | None:
-    """Reason to refuse a network of another layout, or one that trains; and this decoder altogether, until a card has run it."""
-    if not os.environ.get(TRIAL):
-        return f"has not run on a card yet; set {TRIAL}=1 to try it"
+    """Reason to refuse a network of another layout, or one that trains."""
     decoder = network.decoder
-    if len(decoder.upsamples) != 3 * _STAGE + 3 or len(decoder.middle) != 3 or latent.shape[1] % 16:
+    if len(decoder.upsamples) != 3 * _STAGE + 3 or len(decoder.middle) != 3:
         return "needs the layers of the Wan 2.1 decoder"
-    width = decoder.head[0].gamma.shape[0]
-    if width % 16:
-        return f"needs a width in multiples of 16, this one is {width}"
-    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
+    if torch.is_grad_enabled() and (latent.requires_grad or any(p.requires_grad for p in decoder.parameters())):
         return "has no backward pass"
     return None
 
 
+def _fits_card(latent: Tensor, network: nn.Module, cache) -> str | None:
+    """Reason to refuse what the kernels do not do; and this decoder altogether, until a card has run it."""
+    if not os.environ.get(TRIAL):
+        return f"has not run on a card yet; set {TRIAL}=1 to try it"
+    if reason := _is_wan(latent, network, cache):
+        return reason
+    width = network.decoder.head[0].gamma.shape[0]
+    if latent.shape[1] % 16 or width % 16:
+        return f"needs channels and a width in multiples of 16, these are {latent.shape[1]} and {width}"
+    return None
+
+
 stream_latents.add("triton", stream_latents_fused, Constraint(
-    devices=("cuda",), dtypes=(torch.bfloat16,), capability=(8, 0), triton=True, inference_only=True, check=_is_wan))
+    devices=("cuda",), dtypes=(torch.bfloat16,), capability=(8, 0), triton=True, inference_only=True, check=_fits_card))
+stream_latents.add("onednn", stream_latents_cpu, Constraint(
+    devices=("cpu",), dtypes=(torch.float32,), inference_only=True,
+    check=lambda *call: onednn_missing() or _is_wan(*call)))

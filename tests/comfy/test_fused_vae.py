@@ -1,4 +1,4 @@
-"""ComfyUI's VAE object decoded by the core's fused decoder: the same frames, whichever node asks, under ComfyUI's management."""
+"""ComfyUI's VAE object decoded by the core's decoder of operators: the same frames, whichever node asks, under ComfyUI's management."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def vae(world, tmp_path):
 
 @pytest.fixture
 def allowed(world, monkeypatch):
-    """The fused decoder allowed on the CPU in float32, with the operators' references; counts its passes."""
+    """The card's form of the fused decoder allowed on the CPU in float32, with the CPU's operators; counts its passes."""
     fused = ip.pack_module("sana_video_core.vae.fused")
     backends = fused.stream_latents.backends
     function, constraint = backends["triton"]
@@ -75,7 +75,7 @@ def test_a_film_goes_on_where_it_was_and_after_a_resume(vae, allowed):
     assert (torch.cat(list(stream.decode(latent[:, :, 4:]))).int() - pieces[2].int()).abs().max() <= 1
     with ip.pack_module("sana_video_core.ops").force("reference"):
         plain = ip.pack_module("nodes.film").NativeStream(vae)
-    assert stream.key == f"{plain.key} fused"  # frames of two decoders never share a fragment's name
+    assert stream.key == f"{plain.key} triton"  # frames of two decoders never share a fragment's name
 
 
 @torch.inference_mode()
@@ -109,15 +109,25 @@ def test_interrupt_and_lack_of_memory_reach_the_user(vae, allowed, monkeypatch):
 
 
 @torch.inference_mode()
-def test_a_patched_vae_and_one_of_another_width_use_comfyuis_modules(world, vae, allowed, tmp_path, caplog):
+def test_a_patched_vae_and_one_of_another_width_use_comfyuis_modules(world, vae, allowed, tmp_path, caplog,
+                                                                             monkeypatch):
     caplog.set_level(logging.INFO)
     module = ip.pack_module("nodes.fused_vae")
-    assert module.fused_cache(vae) is not None
-    vae.patcher.patches["decoder.conv1.weight"] = []
-    assert module.fused_cache(vae) is None and "patched" in caplog.text
+    assert module.fused_cache(vae)[1] == "triton"
     narrow = ip.pack_module("nodes.loading").load_vae(str(ip.tiny_vae(tmp_path / "wan_8.safetensors", dim=8)), world.spec)
-    assert module.fused_cache(narrow) is None and "multiples of 16" in caplog.text
+    assert module.fused_cache(narrow)[1] == "onednn"
+    vae.patcher.patches["decoder.conv1.weight"] = []
+    assert module.fused_cache(vae) == (None, "") and "patched" in caplog.text
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert module.fused_cache(narrow) == (None, "") and "multiples of 16" in caplog.text and "without oneDNN" in caplog.text
 
 
-def test_without_a_card_comfyuis_modules_decode(vae):
-    assert ip.pack_module("nodes.fused_vae").fused_cache(vae) is None
+@torch.inference_mode()
+def test_a_cpu_decodes_clips_and_films_by_onednn(vae):
+    decode, ops = ip.pack_module("nodes.decode"), ip.pack_module("sana_video_core.ops")
+    assert ip.pack_module("nodes.fused_vae").fused_cache(vae)[1] == "onednn"
+    found = decode.decode_frames(vae, latents(4))
+    with ops.force("reference"):
+        assert torch.allclose(found, decode.decode_frames(vae, latents(4)), atol=1e-5)
+    assert torch.allclose(found, vae.decode(latents(4)).reshape(found.shape), atol=1e-5)
+    assert ip.pack_module("nodes.film").NativeStream(vae).key.endswith(" onednn")

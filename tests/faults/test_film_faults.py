@@ -110,7 +110,7 @@ def test_an_interrupt_while_decoding_loses_no_block(tmp_path, whole):
         pass
 
     folder = tmp_path / "f"
-    plain, seen = video.to_uint8, []
+    plain, seen = video._bytes, []
 
     def interrupted(frames):
         seen.append(1)
@@ -118,12 +118,12 @@ def test_an_interrupt_while_decoding_loses_no_block(tmp_path, whole):
             raise Interrupt
         return plain(frames)
 
-    video.to_uint8 = interrupted
+    video._bytes = interrupted
     try:
         with pytest.raises(Interrupt):
             shoot(folder)
     finally:
-        video.to_uint8 = plain
+        video._bytes = plain
     with Film(folder) as film:
         assert film.finished() == 3  # the block that was being decoded had been stored before
     shoot(folder)

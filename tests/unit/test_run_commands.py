@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from commands import starter
+from commands import hear_ctrl_c, starter
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def test_ctrl_c_ends_a_command_in_order(start):
 def test_a_command_that_does_not_hear_ctrl_c_is_ended_all_the_same(root):
     run = load(root)
     if os.name == "posix":
+        hear_ctrl_c()
         started = time.monotonic()
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):

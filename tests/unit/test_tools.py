@@ -330,6 +330,17 @@ def test_the_chosen_browser_wins_and_browser_tests_are_recognised(monkeypatch, t
     assert not testing.needs_browser(["tests/unit"]) and not testing.needs_browser(["--ignore=tests/browser"])
 
 
+def test_only_the_whole_suite_runs_in_several_processes(monkeypatch, tmp_path):
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(testing, "ROOT", tmp_path)
+    monkeypatch.setattr(testing.os, "cpu_count", lambda: 2)
+    assert testing.processes([]) == testing.processes(["-q", "--ignore=tests/browser"]) == ["-n", "2", "--dist", "loadfile"]
+    for own in (["tests"], ["-m", "gpu"], ["-x"], ["-n0"], ["-n", "3"], ["-s"], ["-p", "no:xdist"]):
+        assert testing.processes(own) == []
+    monkeypatch.setattr(testing.os, "cpu_count", lambda: 64)
+    assert testing.processes([])[1] == "4"
+
+
 def test_a_pack_folder_is_linked_and_an_old_link_replaced(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()

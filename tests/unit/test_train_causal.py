@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from longvideo import GRID, tiny_model, tiny_spec
-from sana_video_core import ops
+from sana_video_core import mini, ops
 from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.errors import SanaVideoError
 from sana_video_core.mini.render import render
@@ -24,7 +25,7 @@ from sana_video_core.train.common import Optimiser, Processes
 from sana_video_core.train.continuation import continuation_errors
 from sana_video_core.train.fast import replaced_operators
 from sana_video_core.train.parallel import Layout, arrange, block_causal_operators
-from sana_video_core.train.pieces import BASE, CAPTIONED, CAPTIONS, Pieces, cut_video, empty_caption
+from sana_video_core.train.pieces import BASE, CAPTIONED, CAPTIONS, Pieces, cut_video, empty_caption, make_pieces
 from sana_video_core.train.replay import place_state
 
 TOKENS, WIDTH, CHANNELS = 5, 8, 4  # of the tiny network's captions and latents
@@ -246,7 +247,7 @@ def films():
     """``films(batch, **options)``: films of tiny networks, within their operators."""
     with contextlib.ExitStack() as stack:
         def make(batch=3, **changes):
-            options = {"batch": batch, "window": 2, "max_position": 30, "switch": 0.0, "cfg": 2.0, "solver_steps": 3,
+            options = {"batch": batch, "window": 2, "max_position": 30, "switch": 0.0, "cfg": 2.0, "guided_above": 0.8, "solver_steps": 3,
                        "solver_shift": 3.0, "rough": 0.1, "truths": 0, "opening": 0.0, "longest": 4, "no_graphs": False}
             made = distill.Films(tiny_model(seed=3), tiny_model(seed=9), toy_pieces(), argparse.Namespace(**options | changes))
             stack.enter_context(made.places.operators())
@@ -286,13 +287,37 @@ def test_the_target_is_the_teachers_solution_of_the_students_own_latent(films):
     made.block = lambda: made_blocks.append(make()) or made_blocks[-1]
     target = made.advance(1)
     latent, met = made_blocks[0]
-    assert target.state is before and made.state.blocks == 2
-    steps = [LONGSANA_TIMES.index(int(t)) for t in target.time]
-    assert all(torch.equal(x, met[step][row]) for row, (step, x) in enumerate(zip(steps, target.x)))
+    assert same_layers(distill.last_rows(target.state, 3), before) and target.state.batch == 12 and made.state.blocks == 2
+    assert torch.equal(target.x, torch.cat(met)) and target.time.tolist() == [t for t in LONGSANA_TIMES for _ in range(3)]
+    assert torch.allclose(target.sigma, target.time / 1000, atol=1e-3) and torch.equal(target.text.mask[3:6], made.text.mask)
     made.teacher_state = teacher_before
-    assert torch.allclose(target.clean, made.solve(target.x, target.sigma), atol=1e-6)
-    assert not torch.allclose(target.clean, latent, atol=0.05)  # the teacher says something else than the student
+    for step, (x, found) in enumerate(zip(met, target.clean.chunk(4), strict=True)):
+        assert torch.allclose(found, made.solve(x, step), atol=1e-6)
+        assert not torch.allclose(found, latent, atol=0.05)  # the teacher says something else than the student
     assert same_layers(made.runner.absorb(latent, *made.text, state=before), made.state)
+
+
+def test_below_a_level_the_teacher_needs_no_guidance(films, monkeypatch):
+    """There it is asked once a step, and answers as its guided rows do at guidance 1."""
+    torch.manual_seed(16)
+    made = films(guided_above=2.0, cfg=5.0)
+    made.restart(3, False)
+    x, rows, teacher = draw(3, CHANNELS, 10, *GRID), [], made.teacher
+
+    class Counting:
+        def __call__(self, latent, *args, **kwargs):
+            rows.append(len(latent))
+            return teacher(latent, *args, **kwargs)
+
+    made.teacher = Counting()
+    plain = made.solve(x, 0)
+    made.args.guided_above, made.args.cfg = 0.0, 1.0
+    assert torch.allclose(made.solve(x, 0), plain, atol=1e-5)
+    made.args.cfg = 5.0
+    assert not torch.allclose(made.solve(x, 0), plain, atol=0.05)
+    made.args.guided_above = 0.8
+    made.solve(x, 3)  # from 0.727 on
+    assert rows == [3] * 3 + [6] * 6 + [3]
 
 
 def test_the_teacher_has_a_state_of_its_own_over_the_same_latents(films):
@@ -323,35 +348,38 @@ def test_true_rows_stand_beside_the_films(films):
     torch.manual_seed(10)
     made = films(truths=2)
     made.restart(2, True)
-    assert made.advance(1).x.shape[0] == 3  # a first block has no history to be true to
+    assert made.advance(1).x.shape[0] == 12  # a first block has no history to be true to
     target = made.advance(1)
-    assert target.x.shape[0] == target.state.batch == 5
-    level = target.sigma[3:].view(-1, 1, 1, 1, 1)
-    swing = (target.x[3:] - (1 - level) * target.clean[3:]) / level
+    assert target.x.shape[0] == target.state.batch == 14
+    level = target.sigma[12:].view(-1, 1, 1, 1, 1)
+    swing = (target.x[12:] - (1 - level) * target.clean[12:]) / level
     assert 0.8 < float(swing.std()) < 1.2
-    assert float(target.clean[3:].abs().max()) <= 1.0
+    assert float(target.clean[12:].abs().max()) <= 1.0
     whole = made.runner(target.x, target.time, *target.text, state=target.state)
-    layers = tuple(type(x)(*(t[4:] for t in x)) for x in target.state.layers)
-    state = target.state._replace(batch=1, layers=layers)
-    alone = made.runner(target.x[4:], target.time[4:], *(t[4:] for t in target.text), state=state)
-    assert torch.allclose(whole[4:], alone, atol=1e-5)
+    alone = made.runner(target.x[13:], target.time[13:], *(t[13:] for t in target.text), state=distill.last_rows(target.state, 1))
+    assert torch.allclose(whole[13:], alone, atol=1e-5)
 
 
 def test_endpoints_of_a_flow_that_is_known():
-    """Rows at their own levels; a straight flow is exact, a curved one comes closer with more steps."""
+    """A straight flow is exact, a curved one comes closer with more steps."""
     x, noise = draw(3, 2, 2, 2, 2, seed=1), draw(3, 2, 2, 2, 2, seed=2)
-    levels = distill.falling_levels(torch.tensor([1.0, 0.9, 0.5]), 8, 3.0)
-    assert torch.allclose(levels[0], torch.tensor([1.0, 0.9, 0.5])) and float(levels[-1].abs().max()) == 0
-    assert bool((levels[1:] < levels[:-1]).all())
-    start = x + levels[0].view(-1, 1, 1, 1, 1) * noise
-    assert torch.allclose(distill.endpoint(lambda x, s: noise, start, levels), x, atol=1e-5)
+    for sigma in (1.0, 0.9, 0.5):
+        levels = distill.falling_levels(sigma, 8, 3.0)
+        assert levels[0] == pytest.approx(sigma) and levels[-1] == 0 and levels == sorted(levels, reverse=True)
+        start = x + sigma * noise
+        assert torch.allclose(distill.endpoint(lambda x, s: noise, start, levels), x, atol=1e-5)
+        # dx/ds = 2 s x, so the end is x(s) exp(-s^2)
+        errors = [float((distill.endpoint(lambda x, s: 2 * s * x, start, distill.falling_levels(sigma, n, 3.0))
+                         - start * math.exp(-sigma ** 2)).abs().max()) for n in (8, 32)]
+        assert errors[1] < 0.35 * errors[0] < 0.3
 
-    def curved(x, level):  # dx/ds = 2 s x, so the end is x(s) exp(-s^2)
-        return 2 * level.view(-1, 1, 1, 1, 1) * x
 
-    errors = [float((distill.endpoint(curved, start, distill.falling_levels(levels[0], n, 3.0))
-                     - start * torch.exp(-levels[0] ** 2).view(-1, 1, 1, 1, 1)).abs().max()) for n in (8, 32)]
-    assert errors[1] < 0.35 * errors[0] < 0.3
+def test_captions_alone_need_no_film():
+    """What a run on a CPU takes: texts as with film, and latents of the right size without frames."""
+    _, text, vae = mini.load("cpu")
+    film, captions = (make_pieces(vae, text, 2, 5, torch.device("cpu"), blocks, 0.0) for blocks in (1, 0))
+    assert torch.equal(film.text, captions.text) and torch.equal(film.mask, captions.mask)
+    assert film.latents.shape == (2, 11, 16, 12, 20) and captions.latents.shape == (2, 0, 16, 12, 20)
 
 
 @pytest.mark.parametrize("no_graphs", [False, True])

@@ -1,8 +1,9 @@
-"""The fused Wan decoder's wiring, with the operators' references on the CPU: the same function as the plain decoder."""
+"""The Wan decoder of operators on the CPU, the card's form of it too: the same function as the plain decoder."""
 
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def room(monkeypatch):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch, room):
-    """The fused decoder allowed where it does not run otherwise; its operators stay the references."""
+    """The card's form of the decoder allowed where it does not run otherwise, with the CPU's operators."""
     function, constraint = fused.stream_latents.backends["triton"]
     here = dataclasses.replace(constraint, devices=("cpu",), dtypes=(torch.float32,), triton=False)
     monkeypatch.setitem(fused.stream_latents.backends, "triton", (function, here))
@@ -114,20 +115,49 @@ def test_few_bytes_mean_few_frames_a_pass(latent):
     assert 3.0e9 < fused.memory_needed(60, 104, 1) < 4.5e9 and 7e9 < fused.memory_needed(60, 104, 4) < 9e9
 
 
-def test_without_a_card_the_plain_decoder_runs_bit_for_bit(vae, latent):
-    by_hand, cache = [], WanCache()
-    for i in range(latent.shape[2]):
-        by_hand.append(vae.decoder(vae.conv2(latent[:, :, i:i + 1]), cache.rewind()))
-    assert torch.equal(vae.decode(latent), torch.cat(by_hand, 2))
+@pytest.mark.parametrize("width", [12, 16])
+def test_a_cpu_decodes_by_onednn_the_same_bits_in_any_partition(width, latent):
+    vae = random_vae(width)
     name, _, reasons = fused.stream_latents.choose(latent, vae, WanCache())
-    assert name == "reference" and "on cpu" in reasons["triton"]
+    assert name == "onednn" and "on cpu" in reasons["triton"]
+    with ops.force("reference"):
+        expected = vae.decode(latent)
+    whole, cache = vae.decode(latent), WanCache()
+    assert relative(whole, expected) < CLOSE
+    assert torch.equal(torch.cat([vae.decode(part, cache) for part in latent.split((2, 1, 5), 2)], 2), whole)
+    assert torch.equal(vae.decode(latent[:, :, 5:], vae.rebuild_cache(latent[:, :, :5])), whole[:, :, 17:])
+
+
+def test_where_onednn_cannot_run_the_plain_decoder_does_bit_for_bit(vae, latent, monkeypatch):
+    def plain(network, latent):
+        cache = WanCache()
+        return torch.cat([network.decoder(network.conv2(z), cache.rewind()) for z in latent.split(1, 2)], 2)
+
+    half = random_vae().bfloat16()
+    assert torch.equal(half.decode(latent.bfloat16()), plain(half, latent.bfloat16()))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert torch.equal(vae.decode(latent), plain(vae, latent))
+    name, _, reasons = fused.stream_latents.choose(latent, vae, WanCache())
+    assert name == "reference" and "without oneDNN" in reasons["onednn"]
+
+
+def test_gradients_take_the_plain_decoder(latent):
+    vae = WanVAE(8)
+    vae.decode(latent[:1, :, :2]).sum().backward()
+    assert all(p.grad is not None for p in vae.decoder.parameters())
+    wanted = latent[:1, :, :2].clone().requires_grad_()
+    vae.requires_grad_(False).decode(wanted).sum().backward()
+    assert wanted.grad.abs().sum() > 0
 
 
 def test_what_the_fused_decoder_cannot_do_is_refused_with_the_reason(vae, latent):
     _, constraint = fused.stream_latents.backends["triton"]
     assert constraint.check(latent, vae, WanCache()) is None
-    assert "multiples of 16" in constraint.check(latent, WanVAE(8), WanCache())
-    assert "layers of the Wan 2.1" in constraint.check(latent[:, :4], vae, WanCache())
+    assert "multiples of 16" in constraint.check(latent, WanVAE(8).requires_grad_(False), WanCache())
+    assert "multiples of 16" in constraint.check(latent[:, :4], vae, WanCache())
+    other = torch.nn.Module()
+    other.decoder = types.SimpleNamespace(upsamples=[], middle=[])
+    assert "layers of the Wan 2.1" in constraint.check(latent, other, WanCache())
     trained = WanVAE(16)
     assert "backward" in constraint.check(latent, trained, WanCache())
     with torch.no_grad():
