@@ -18,7 +18,8 @@ from .registry import Constraint
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor, padding: int = 0) -> Tensor:
     """``x [B, (T,) H, W, C]``, weight ``[out, (time,) height, width, C]`` -> ``[B, (T',) H', W', out]``."""
     axes = x.ndim - 2
-    y = torch.mkldnn_convolution(_channels_first(x), _channels_first(weight), bias, (padding,) * axes, (1,) * axes, (1,) * axes, 1)
+    ones = (1,) * axes  # stride and dilation
+    y = torch.mkldnn_convolution(_channels_first(x), _channels_first(weight), bias, (padding,) * axes, ones, ones, 1)
     return y.movedim(1, -1)
 
 

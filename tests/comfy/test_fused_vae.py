@@ -1,4 +1,4 @@
-"""ComfyUI's VAE object decoded by the core's decoder of operators: the same frames, whichever node asks, under ComfyUI's management."""
+"""ComfyUI's VAE object decoded by the core's operators: the same frames, whichever node asks, under ComfyUI's management."""
 
 from __future__ import annotations
 

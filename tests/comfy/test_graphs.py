@@ -69,8 +69,19 @@ def test_longsana_preset_has_four_levels_and_runs_at_cfg_1(world):
     assert torch.equal(sampled(outcome), sampled(run(graph(**advanced("few-step re-noise", "LongSANA 4 steps", cfg=1.0)))))
 
 
-def test_decode_equals_core_decode_and_reaches_a_video_file(world):
-    outcome = run(graph(
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_decode_equals_core_decode_and_reaches_a_video_file(world, backend):
+    with ip.pack_module("sana_video_core.ops").force(backend):
+        outcome = _decoded_three_ways()
+    assert outcome.ok, outcome.error
+    ours, core = outcome.output("5"), outcome.output("6")
+    assert ours.shape == (13, 32, 64, 3) and float(ours.min()) >= 0 and float(ours.max()) <= 1
+    assert torch.allclose(ours, core, atol=1e-5) and (backend is None or torch.equal(ours, core))
+    assert list((world.work / "output").glob("clip*.mp4"))
+
+
+def _decoded_three_ways():
+    return run(graph(
         frames=13, n4=ksampler(), n5=node("SanaVideoDecode", samples=("4", 0), vae=("1", 2)),
         n6=node("VAEDecode", samples=("4", 0), vae=("1", 2)),
         n7=node("VAEDecodeTiled", samples=("4", 0), vae=("1", 2), tile_size=512, overlap=64, temporal_size=64,
@@ -78,11 +89,6 @@ def test_decode_equals_core_decode_and_reaches_a_video_file(world):
         n8=node("CreateVideo", images=("5", 0), fps=16.0),
         n9=node("SaveVideo", video=("8", 0), filename_prefix="clip", format="mp4", codec="h264"),
         n14=node("PreviewImage", images=("6", 0)), n15=node("PreviewImage", images=("7", 0))))
-    assert outcome.ok, outcome.error
-    ours = outcome.output("5")
-    assert ours.shape == (13, 32, 64, 3) and float(ours.min()) >= 0 and float(ours.max()) <= 1
-    assert torch.equal(ours, outcome.output("6"))
-    assert list((world.work / "output").glob("clip*.mp4"))
 
 
 def test_decode_keeps_batches_apart(world):

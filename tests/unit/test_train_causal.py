@@ -247,8 +247,9 @@ def films():
     """``films(batch, **options)``: films of tiny networks, within their operators."""
     with contextlib.ExitStack() as stack:
         def make(batch=3, **changes):
-            options = {"batch": batch, "window": 2, "max_position": 30, "switch": 0.0, "cfg": 2.0, "guided_above": 0.8, "solver_steps": 3,
-                       "solver_shift": 3.0, "rough": 0.1, "truths": 0, "opening": 0.0, "longest": 4, "no_graphs": False}
+            options = {"batch": batch, "window": 2, "max_position": 30, "switch": 0.0, "cfg": 2.0, "guided_above": 0.8,
+                       "solver_steps": 3, "solver_shift": 3.0, "rough": 0.1, "truths": 0, "opening": 0.0, "longest": 4,
+                       "no_graphs": False}
             made = distill.Films(tiny_model(seed=3), tiny_model(seed=9), toy_pieces(), argparse.Namespace(**options | changes))
             stack.enter_context(made.places.operators())
             return made
