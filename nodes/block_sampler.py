@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 MAX_BLOCKS, MAX_PIXELS, MAX_BLOCK_FRAMES, MAX_WINDOW = 10_000, 16384, 256, 1000
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 SOLVERS = ["few-step re-noise", "flow-DPM", "flow Euler"]
-FEW_STEPS = 8  # a model whose own recipe has so few steps was distilled
 
 
 class SanaVideoBlockSampler(io.ComfyNode):
@@ -94,7 +93,7 @@ def _inputs() -> list:
         io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1, optional=True,
                        tooltip="1 for LongSANA. Other values are for models that were not distilled; memory of the state "
                                "doubles."),
-        io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels of each block. Nothing connected: the model's own four."),
+        io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels of each block. Nothing connected: the model's own."),
         io.Combo.Input("solver", options=SOLVERS, default=SOLVERS[0], optional=True, advanced=True,
                        tooltip="few-step re-noise: LongSANA's. flow-DPM or flow Euler: for models with many steps."),
         io.Vae.Input("vae", optional=True, tooltip="With a run folder: each finished block is decoded at once into film.mp4, "
@@ -120,7 +119,7 @@ def _inputs() -> list:
 
 def model_recipe(spec: ModelSpec, sigmas, solver: str, cfg: float):
     """The core's Recipe: connected levels, or those that the model was made for."""
-    from ..sana_video_core.sampling.blocks import Recipe
+    from ..sana_video_core.sampling.blocks import FEW_STEPS, Recipe, recipe_of
     from ..sana_video_core.sampling.schedules import flow_dpm_sigmas
 
     choice("solver", solver, SOLVERS)
@@ -128,9 +127,9 @@ def model_recipe(spec: ModelSpec, sigmas, solver: str, cfg: float):
         if sigmas is not None:
             return Recipe.few_step(sigmas, cfg)
         if spec.steps > FEW_STEPS:
-            raise SanaVideoError("This model was not distilled to few steps", found=f"{spec.name}: {spec.steps} steps",
-                                 action="Choose the solver flow-DPM")
-        return Recipe.few_step(None, cfg, shift=spec.flow_shift)
+            raise SanaVideoError("This model needs more steps than the few-step solver makes",
+                                 found=f"{spec.name}: {spec.steps} steps", action="Choose the solver flow-DPM")
+        return recipe_of(spec, cfg=cfg)
     return Recipe.multi_step(flow_dpm_sigmas(spec.steps, spec.flow_shift) if sigmas is None else sigmas, solver, cfg)
 
 

@@ -31,7 +31,7 @@ class Demo(NamedTuple):
 
 
 CLIP, FILM = Demo("mini_t2v", 80, 600), Demo("mini_long_video", 480, 3600)
-SHOWN = CLIP  # what ``run.py demo`` makes
+SHOWN = FILM  # what ``run.py demo`` makes
 FILMS = "output/sana_video"  # run folders, below the server's base folder
 TEXT_NODE, SEED_NAMES = "SanaVideoTextEncode", ("seed", "noise_seed")
 

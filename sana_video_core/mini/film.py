@@ -21,29 +21,16 @@ from ..checkpoint.integrity import digests
 from ..errors import SanaVideoError
 from ..film import Film, FilmBlock, FilmPlan, FilmSettings, FilmVideo, WanStream, make_film
 from ..film.plan import fingerprint
-from ..sampling.blocks import Condition, Recipe, StepHook, sample_blocks
+from ..sampling.blocks import Condition, Recipe, StepHook, recipe_of, sample_blocks
 from ..sampling.guidance import Caption
 from ..sampling.plan import BlockPlan, Span, plan_blocks, seconds_of
 from ..sampling.schedule_text import MAX_SEED, Cue, cue_of, parse_schedule
-from ..sampling.schedules import LONGSANA_TIMES, flow_dpm_sigmas, shifted
 from ..specs import ModelSpec
 from ..text.prompts import positive_text
 from . import PROMPTS, WINDOW, load
 from .captions import parse
 
-FEW_STEPS = 8  # up to so many steps the few-step sampler, above them flow-DPM
-_WARP = 8.0  # LongSANA's four times are even steps bent by this shift (causal spec 4.2); so are other numbers of steps here
 MAX_STEPS, MAX_CFG, MAX_WINDOW = 1000, 30.0, 1000
-
-
-def recipe_of(spec: ModelSpec, steps: int | None = None, cfg: float | None = None) -> Recipe:
-    """How a block is denoised in ``steps`` (those of the spec when None): few steps with fresh noise, or many by flow-DPM."""
-    steps, cfg = spec.steps if steps is None else steps, spec.cfg if cfg is None else float(cfg)
-    if steps == len(LONGSANA_TIMES):
-        return Recipe.few_step(None, cfg, shift=spec.flow_shift)
-    if steps <= FEW_STEPS:
-        return Recipe.few_step(shifted(torch.linspace(1, 0, steps + 1), _WARP), cfg)
-    return Recipe.multi_step(flow_dpm_sigmas(steps, spec.flow_shift), cfg=cfg)
 
 
 def weights_print(module: torch.nn.Module) -> str:

@@ -22,13 +22,15 @@ from ..specs import ModelSpec
 from ..state import RecurrentState, check_fits
 from .guidance import TIME_SCALE, Caption, caption_batch, guided
 from .plan import BlockPlan, Span
-from .schedules import FewStep, few_steps, longsana_steps
+from .schedules import LONGSANA_TIMES, FewStep, few_steps, flow_dpm_sigmas, longsana_steps, shifted
 from .solvers import few_step_solver, flow_dpm_solver, flow_euler_solver
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]  # (block, step, shape) -> standard normal; step 0 starts the block
 StepHook = Callable[[int, int, int, Tensor], object]  # (block, step, steps, estimate of the clean latent)
 SOLVERS = {"flow-DPM": flow_dpm_solver, "flow Euler": flow_euler_solver}
 RENOISE = "few-step re-noise"
+FEW_STEPS = 8  # up to so many steps the few-step sampler, above them flow-DPM
+_WARP = 8.0  # LongSANA's four times are even steps bent by this shift (causal spec 4.2); so are other numbers of few steps
 
 
 class Condition(NamedTuple):
@@ -64,6 +66,16 @@ class Recipe(NamedTuple):
     def count(self) -> int:
         """Steps a block."""
         return len(self.steps) or len(self.sigmas) - 1
+
+
+def recipe_of(spec: ModelSpec, steps: int | None = None, cfg: float | None = None) -> Recipe:
+    """How a block is denoised in ``steps`` (those of the spec when None): few steps with fresh noise, or many by flow-DPM."""
+    steps, cfg = spec.steps if steps is None else steps, spec.cfg if cfg is None else float(cfg)
+    if steps == len(LONGSANA_TIMES):
+        return Recipe.few_step(None, cfg, shift=spec.flow_shift)
+    if steps <= FEW_STEPS:
+        return Recipe.few_step(shifted(torch.linspace(1, 0, steps + 1), _WARP), cfg)
+    return Recipe.multi_step(flow_dpm_sigmas(steps, spec.flow_shift), cfg=cfg)
 
 
 class Block(NamedTuple):

@@ -33,7 +33,7 @@ from ..sampling.schedules import flow_dpm_sigmas, shifted
 from ..specs import get_spec
 from ..state import LayerState, RecurrentState
 from ..state.recurrent import tensors
-from .causal import add_options, load_network, load_pieces
+from .causal import SPEC, add_options, load_network, load_pieces
 from .common import Average, Clock, Graphed, Optimiser, Processes, Record
 from .continuation import continuation_errors
 from .pieces import BASE, Pieces, empty_caption
@@ -229,8 +229,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=get_spec("sana-video-mini").cfg, help="guidance of the teacher")
     parser.add_argument("--guided-above", type=float, default=0.75, help="lowest noise level with guidance")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel instead of replaying CUDA graphs")
-    parser.add_argument("--solver-steps", type=int, default=8, help="of the teacher from pure noise; fewer later on")
-    parser.add_argument("--solver-shift", type=float, default=get_spec("sana-video-mini").flow_shift, help="of its levels")
+    parser.add_argument("--solver-steps", type=int, default=20, help="of the teacher from pure noise; fewer later on")
+    parser.add_argument("--solver-shift", type=float, default=get_spec(SPEC).flow_shift, help="of its levels")
     parser.add_argument("--rough", type=float, default=0.1, help="largest noise added to a true history")
     args = parser.parse_args(argv)
     args.truths = args.batch if args.truths is None else args.truths

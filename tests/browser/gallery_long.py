@@ -29,7 +29,7 @@ def sampler(blocks: int, seed: int = 1, size: tuple[int, int] = (0, 0), state: t
     links |= {"state": state} if state else {}
     links |= {"vae": ("load", "vae")} if film else {}
     links |= {"negative": (text, "negative")} if guided else {}
-    many = {"cfg": 3.0, "solver": "flow-DPM"} if guided else {}
+    many = {"cfg": 1.6} if guided else {}
     return Item(key, "SanaVideoBlockSampler", {
         "blocks": blocks, "width": size[0], "height": size[1], "seed": seed, "control_after_generate": "fixed",
         "run_folder": film, "window": window, **many}, links, title, (400, 0))
@@ -58,13 +58,13 @@ def shown(key: str, source: tuple[str, str], title: str) -> Item:
 MINI_NOTE = """
 ## Half a minute of video, no downloads
 
-Press **Run**. The small model that comes with the pack makes 30 seconds in 12 blocks; on two CPU cores it takes a few minutes.
+Press **Run**. The small model that comes with the pack makes 30 seconds in 12 blocks; on two CPU cores it takes about a minute.
 
 Every finished block is kept in **output/sana_video/mini_long_video**, and *film.mp4* there can be played while the next one is
 made. Press **Cancel** and **Run** again: it goes on where it was.
 
 **Change** the *prompt* or the *seed* (another video), or *blocks* (24 is a minute; the first 12 are kept). Another size needs
-another *run_folder*. *window*, *cfg* and *solver* stay: this model remembers two blocks and takes 20 guided steps.
+another *run_folder*. *window* and *cfg* stay: this model remembers two blocks and wants a little guidance.
 
 It knows: red, yellow, green, blue, purple, white · circle, square, triangle, star · stays still, slides left and right,
 bounces up and down, moves in a circle, spins, grows and shrinks · black, grey, navy background.

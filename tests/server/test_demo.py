@@ -28,7 +28,7 @@ def test_demo_makes_a_video_that_shows_what_the_prompt_says(demo, tmp_path):
     text, _ = process.communicate(timeout=280)
     path = re.search(r"^video: (.+)$", text, re.MULTILINE)
     assert path and Path(path.group(1)) == tmp_path.resolve() / "demo_001.mp4" and Path(path.group(1)).stat().st_size > 2000, text
-    assert re.search(r"^file: h264, 8[1-9] frames of 160x96, 16 a second", text, re.MULTILINE), text
+    assert re.search(r"^file: h264, 4[89]\d frames of 160x96, 16 a second", text, re.MULTILINE), text
     assert "judge: agrees with the prompt" in text and process.returncode == 0, text
 
 

@@ -152,13 +152,13 @@ def test_any_clip_is_continued_and_joined(server, clip):
 
 
 def test_embedded_long_video_is_half_a_minute(server):
-    """As it ships, but for two blocks at half the size: decoding half a minute takes minutes on a CPU."""
+    """As it ships, but for two blocks at half the size."""
     prompt = lp.shipped(server.client, "mini_long_video")
     sampler, spec = prompt[lp.only(prompt, "SanaVideoBlockSampler")]["inputs"], SPECS["sana-video-mini-long"]
     plan = plan_blocks(sampler["blocks"], spec.block_frames)
     assert plan.lengths == (11, *[10] * 11) and plan.spans()[-1].pixels()[1] / spec.fps >= 30
     assert (sampler["width"], sampler["height"]) == spec.size and sampler["cfg"] == spec.cfg
-    assert sampler["window"] == mini.WINDOW and sampler["solver"] == "flow-DPM"
+    assert sampler["window"] == mini.WINDOW and sampler["solver"] == "few-step re-noise"
     loader = prompt[lp.only(prompt, "SanaVideoLoader")]["inputs"]
     assert loader["model"] == "embedded mini long"
     sampler.update(blocks=2, width=80, height=48)
