@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_BLOCKS, MAX_PIXELS, MAX_BLOCK_FRAMES, MAX_WINDOW = 10_000, 16384, 256, 1000
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+MANY_STEPS = 20  # of flow-DPM and flow Euler, for a model whose own steps are few
 SOLVERS = ["few-step re-noise", "flow-DPM", "flow Euler"]
 
 
@@ -130,7 +131,8 @@ def model_recipe(spec: ModelSpec, sigmas, solver: str, cfg: float):
             raise SanaVideoError("This model needs more steps than the few-step solver makes",
                                  found=f"{spec.name}: {spec.steps} steps", action="Choose the solver flow-DPM")
         return recipe_of(spec, cfg=cfg)
-    return Recipe.multi_step(flow_dpm_sigmas(spec.steps, spec.flow_shift) if sigmas is None else sigmas, solver, cfg)
+    steps = spec.steps if spec.steps > FEW_STEPS else MANY_STEPS
+    return Recipe.multi_step(flow_dpm_sigmas(steps, spec.flow_shift) if sigmas is None else sigmas, solver, cfg)
 
 
 class Job:

@@ -75,6 +75,18 @@ def test_block_sampler_equals_the_core(world):
     assert all(t.device.type == "cpu" for t in core("state").tensors(state))
 
 
+def test_what_a_block_is_made_with_when_no_levels_are_connected(world):
+    recipe, specs = ip.pack_module("nodes.block_sampler").model_recipe, core("specs").SPECS
+    few, many = core("sampling.blocks").recipe_of, "flow-DPM"
+    for name, steps in (("longsana-2b-480p", 4), ("sana-video-mini-long", 8)):
+        assert recipe(specs[name], None, "few-step re-noise", 1.0) == few(specs[name], cfg=1.0)
+        assert few(specs[name]).count == steps and recipe(specs[name], None, many, 3.0).count == 20
+    clip = specs["sana-video-2b-480p"]
+    assert recipe(clip, None, many, 6.0).count == clip.steps == 50
+    with pytest.raises(core("errors").SanaVideoError, match="50 steps.*Choose the solver flow-DPM"):
+        recipe(clip, None, "few-step re-noise", 6.0)
+
+
 def test_chain_of_samplers_equals_one(world):
     whole = one(3)
     chain = run(graph(n4=sampler(blocks=1), n5=sampler(blocks=1, state=("4", 1)), n6=sampler(blocks=1, state=("5", 1)),

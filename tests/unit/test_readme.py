@@ -71,7 +71,7 @@ def test_quoted_messages_are_messages_of_ours(text):
 def test_sizes_and_settings_are_those_of_the_specs():
     from sana_video_core.specs import SPECS
 
-    columns = ("sana-video-2b-480p", "sana-video-2b-720p", "longsana-2b-480p", "sana-video-mini")
+    columns = ("sana-video-2b-480p", "sana-video-2b-720p", "longsana-2b-480p", "sana-video-mini", "sana-video-mini-long")
     rows = {cells[0]: cells[1:] for cells in table("### Settings to start with")}
     for column, name in enumerate(columns):
         spec = SPECS[name]
