@@ -67,7 +67,7 @@ class Environment:
     own: bool
 
     def child_env(self, **extra: str) -> dict[str, str]:
-        """Environment variables for a child process: where ComfyUI is, text in UTF-8, and threads that soon sleep while they wait.
+        """Environment variables for a child process: where ComfyUI is, text in UTF-8, threads that soon sleep while they wait.
 
         Threads that spin long starve each other when something else has a core: a block took 90 s, with this 15, alone 3.
         """
