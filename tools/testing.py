@@ -21,7 +21,8 @@ def run_tests(environment: Environment, arguments: list[str]) -> int:
     require_tools(environment)
     threads = os.environ.get("OMP_NUM_THREADS") or str(cores())
     variables = environment.child_env(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TOKENIZERS_PARALLELISM="false",
-                                      PYTHONFAULTHANDLER="1", OMP_WAIT_POLICY="PASSIVE")  # server and tests share the cores
+                                      PYTHONFAULTHANDLER="1",
+                                      OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")  # server and tests share the cores
     if needs_browser(arguments):
         variables["SANA_VIDEO_BROWSER"] = browser.ensure()
     command = [environment.python, "-m", "pytest", "-ra", *processes(arguments), *arguments]
