@@ -300,7 +300,7 @@ def test_a_saved_quantised_model_loads_again_bit_for_bit(world, precision):
     prefix = f"saved_{precision}"
     outcome = run(graph(precision=precision, n4=ksampler(), n40=node("ModelSave", model=("1", 0), filename_prefix=prefix)))
     assert outcome.ok, outcome.error
-    saved = next((world.work / "output").glob(f"{prefix}*.safetensors"))
+    saved, = (world.work / "output").glob(f"{prefix}_*.safetensors")
     (world.work / "diffusion_models" / f"{prefix}.safetensors").write_bytes(saved.read_bytes())
     import folder_paths
 
@@ -383,7 +383,7 @@ def test_a_saved_lora_on_a_quantised_model_stays(world):
     flow = with_lora(world, "fp8") | {"40": node("ModelSave", model=("20", 0), filename_prefix="baked")}
     outcome = run(flow)
     assert outcome.ok, outcome.error
-    baked = load(next((world.work / "output").glob("baked*.safetensors")))
+    baked = load(next((world.work / "output").glob("baked_*.safetensors")))
     assert same_weights(baked, outcome.output("20"))
     assert relative(pass_of(baked), pass_of(outcome.output("20"))) < SAME
 
