@@ -1,5 +1,6 @@
 """The three public layouts bit for bit through both loaders, then the step in ComfyUI's layers beside core and diffusers.
 
+In bf16 (``comfy_overhead``: against the bare core) and in the loader's precision fp8, whose error may be ten times diffusers'.
 ``run.py bench comfy_step BASE [--tiny]`` after ``prepare BASE``; needs COMFYUI_PATH. One process holds everything: the core,
 the pack as ComfyUI loads it (its nodes' loader, ComfyUI's layer classes and patcher) and diffusers.
 """
@@ -20,6 +21,8 @@ import sana_video_core as svc
 from . import dit, prepare
 from .cli import ROOT
 from .harness import Report
+
+FP8_LIMIT = 10.0  # times diffusers' error in bf16: three bits behind the point instead of seven, and sums in float32
 
 
 def load_pack():
@@ -67,11 +70,11 @@ def check_layouts(report: Report, base: Path, loading, tiny: bool) -> None:
         report.add(name.replace(" ", "_"), value, "s, file in the page cache")
 
 
-def comfy_network(loading, path: Path) -> Callable:
+def comfy_network(loading, path: Path, precision: str) -> Callable:
     """The network as the server builds and loads it, behind the core's call."""
     import comfy.model_management
 
-    patcher = loading.load_diffusion(str(path), "bf16", "auto")
+    patcher = loading.load_diffusion(str(path), precision, "auto")
     comfy.model_management.load_models_gpu([patcher], memory_required=8 << 30)
     network = patcher.model.diffusion_model
     network.compute_dtype = torch.bfloat16
@@ -93,8 +96,12 @@ def main(arguments: list[str]) -> int:
     report = Report("comfy_step")
     try:
         check_layouts(report, base, loading, tiny)
-        call = comfy_network(loading, prepare.layouts(base)["safetensors bf16"])
-        dit.run(tiny, report=report, seed=prepare.SEED, others={"in_comfyui": call})
+        path, name = prepare.layouts(base)["safetensors bf16"], dit.workload(tiny).name
+        rows = {"bf16": dit.Other(comfy_network(loading, path, "bf16"), f"{name}_in_comfyui"),
+                "fp8": dit.Other(comfy_network(loading, path, "fp8"), name.replace("bf16", "fp8"), FP8_LIMIT)}
+        dit.run(tiny, report=report, seed=prepare.SEED, others=list(rows.values()))
+        overhead = next(r["overhead_vs_core"] for r in report.rows if r["name"] == rows["bf16"].row)
+        report.add("comfy_overhead", 100 * overhead, "% of the bare core's step")
     finally:
         print(report.write(), flush=True)
     return 0

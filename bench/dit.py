@@ -1,21 +1,25 @@
 """The 2B network's CFG step (two forwards) beside diffusers' network with the same weights, in one process.
 
-Rows: ``dit_480p_cfg_step_bf16`` (two forwards of batch 1, as at short memory) and ``..._batch2`` (one forward of batch 2).
-The check comes first: against the reference operators in float32 our bf16 error must not be over twice diffusers' own.
+``run.py bench dit [--tiny] [--size 480p|720p_ltx2] [--compiled]``. Rows: ``dit_480p_cfg_step_bf16`` (two forwards of batch 1, as
+at short memory) and ``..._batch2`` (one forward of batch 2). ``--compiled`` times diffusers under torch.compile too, which
+takes a minute or two to compile. The check comes first: against the reference operators in float32 our bf16 error must not be
+over twice diffusers' own.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from sana_video_core import ops
 from sana_video_core.dit import SanaVideoTransformer
-from sana_video_core.specs import SPECS, ModelSpec
+from sana_video_core.specs import LTX2, SPECS, ModelSpec
 
 from . import weights
 from .harness import Report, Timing, floor_ms, measure, peak_bytes, relative_error
@@ -25,23 +29,45 @@ TEXT_TOKENS = (120, 40)  # valid tokens of the prompt and of the negative prompt
 PEER_EPS = {"cross_eps": 1e-5, "attention_eps": 1e-15}
 
 
+class Other(NamedTuple):
+    """A further way to run the same weights: a call like the network's, the name of its rows (without ``_batch2``), and the
+    error it may have, in units of diffusers' own."""
+
+    call: Callable
+    row: str
+    limit: float = 2.0
+
+
 @dataclass(frozen=True)
 class Workload:
-    """One size: spec, latent grid (frames, height, width), repeats."""
+    """One size: its name, spec, latent grid (frames, height, width), repeats."""
 
-    name: str
+    size: str
     spec: ModelSpec
     grid: tuple[int, int, int]
     check_grid: tuple[int, int, int]
     repeats: int = 7
 
+    @property
+    def name(self) -> str:
+        return f"dit_{self.size}_cfg_step_bf16"
 
-def workload(tiny: bool = False) -> Workload:
-    """832x480x81 with the 2B network, or a size that a CPU runs in a second."""
-    spec = SPECS["sana-video-2b-480p"]
+
+SIZES = {  # 832x480 and 1280x704, 81 frames
+    "480p": Workload("480p", SPECS["sana-video-2b-480p"], (21, 60, 104), (3, 60, 104)),
+    "720p_ltx2": Workload("720p_ltx2", SPECS["sana-video-2b-720p"], (11, 22, 40), (3, 22, 40)),
+}
+
+
+def workload(tiny: bool = False, size: str = "480p") -> Workload:
+    """The 2B network at that size, or a network that a CPU runs in a second with the same kind of latent."""
+    work = SIZES[size]
     if not tiny:
-        return Workload("dit_480p_cfg_step_bf16", spec, (21, 60, 104), (3, 60, 104))
-    return Workload("dit_480p_cfg_step_bf16", SPECS["sana-video-mini"], (3, 8, 8), (2, 8, 8), repeats=2)
+        return work
+    mini = SPECS["sana-video-mini"]
+    if size == "720p_ltx2":
+        mini = replace(mini, channels=128, patch=(1, 1, 1), vae=LTX2)
+    return replace(work, spec=mini, grid=(3, 8, 8), check_grid=(2, 8, 8), repeats=2)
 
 
 def build(spec: ModelSpec, device: str, dtype: torch.dtype, seed: int = 0, **options) -> SanaVideoTransformer:
@@ -94,7 +120,7 @@ def forward_cost(spec: ModelSpec, tokens: int, batch: int = 1) -> tuple[float, f
 
 
 @torch.inference_mode()
-def check(report: Report, work: Workload, model, peer, device: str, others: dict[str, Callable]) -> None:
+def check(report: Report, work: Workload, model, peer, device: str, others: list[Other], compiled=None) -> None:
     """All networks against the reference operators in float32, on a clip of few frames."""
     spec, args = work.spec, inputs(work.spec, work.check_grid, 2, device, torch.float32, seed=3)
     truth_model = SanaVideoTransformer(spec, dtype=torch.float32, device=device, **PEER_EPS).eval()
@@ -108,28 +134,35 @@ def check(report: Report, work: Workload, model, peer, device: str, others: dict
     report.check("ours bf16 against float32, limit: twice diffusers' error", relative_error(model(**half), truth), 2 * theirs)
     alone = torch.cat(cfg_step(model, half))
     report.check("two rows apart against one batch", relative_error(alone, model(**half)), 2 * theirs)
-    for name, other in others.items():
-        report.check(f"{name} against float32", relative_error(other(**half), truth), 2 * theirs)
+    for other in others:
+        report.check(f"{other.row} against float32", relative_error(other.call(**half), truth), other.limit * theirs)
+    if compiled is not None:
+        report.check("diffusers compiled against float32", relative_error(call_peer(compiled, half), truth), 2 * theirs)
 
 
 @torch.inference_mode()
 def run(tiny: bool = False, device: str | None = None, report: Report | None = None, seed: int = 0,
-        others: dict[str, Callable] | None = None) -> Report:
+        others: list[Other] | None = None, size: str = "480p", compiled: bool = False) -> Report:
     """Check, then time; returns the report (not yet written).
 
-    ``others``: further ways to run the same weights (made from ``seed``), timed beside the bare core.
+    ``others``: further ways to run the same weights (made from ``seed``), timed beside the bare core. ``compiled``: diffusers
+    under torch.compile as well.
     """
-    device, others = device or ("cuda" if torch.cuda.is_available() else "cpu"), others or {}
-    work = workload(tiny)
+    device, others = device or ("cuda" if torch.cuda.is_available() else "cpu"), others or []
+    work = workload(tiny, size)
     report = report or Report(work.name)
     model = build(work.spec, device, torch.bfloat16, seed, **PEER_EPS)
     peer = weights.diffusers_model(model.state_dict(), work.spec, torch.bfloat16, device)
-    check(report, work, model, peer, device, others)
+    fast = torch.compile(peer) if compiled else None
+    check(report, work, model, peer, device, others, fast)
     args = inputs(work.spec, work.grid, 2, device, torch.bfloat16)
     tokens = math.prod(n // p for n, p in zip(work.grid, work.spec.patch))
     floor = floor_ms(*forward_cost(work.spec, tokens, 2))
     for suffix, step, peer_call in (("", cfg_step, peer_step), ("_batch2", _whole, call_peer)):
-        _time(report, work, suffix, lambda m, s=step: s(m, args), lambda p=peer_call: p(peer, args), model, others, floor, device)
+        peers = {"eager": lambda p=peer_call: p(peer, args)}
+        if compiled and not suffix:  # another batch would compile once more
+            peers["compiled"] = lambda p=peer_call: p(fast, args)
+        _time(report, work, suffix, lambda m, s=step: s(m, args), peers, model, others, floor, device)
     return report
 
 
@@ -138,30 +171,36 @@ def _whole(model, args: dict):
     return model(**args)
 
 
-def _time(report: Report, work: Workload, suffix: str, step, theirs, model, others, floor, device) -> None:
-    """The rows of one way to run a CFG step: ours, the peer's, and the others'."""
+def _time(report: Report, work: Workload, suffix: str, step, peers: dict[str, Callable], model, others: list[Other], floor,
+          device) -> None:
+    """The rows of one way to run a CFG step: ours, the peers', and the others'."""
     name = work.name + suffix
     mine = measure(lambda: step(model), 2, work.repeats, device)
-    other = measure(theirs, 2, max(3, work.repeats // 2), device)
-    report.add(name, mine, "ms", **ratios(mine, other, floor))
-    report.add(f"{name}_diffusers_eager", other, "ms")
-    report.add(f"{name}_peak_memory", peak_bytes(lambda: step(model)) / 2**30, "GiB over weights",
-               diffusers_eager=peak_bytes(theirs) / 2**30)
-    for label, third in others.items():
-        timing = measure(lambda t=third: step(t), 2, work.repeats, device)
-        report.add(f"{name}_{label}", timing, "ms", **ratios(timing, other, floor),
+    theirs = {how: measure(call, 2, max(3, work.repeats // 2), device) for how, call in peers.items()}
+    report.add(name, mine, "ms", **ratios(mine, theirs, floor))
+    for how, timing in theirs.items():
+        report.add(f"{name}_diffusers_{how}", timing, "ms")
+    report.add(f"peak_memory_{work.size}_step{suffix}", peak_bytes(lambda: step(model)) / 2**30, "GiB over weights",
+               diffusers_eager=peak_bytes(peers["eager"]) / 2**30)
+    for other in others:
+        timing = measure(lambda t=other.call: step(t), 2, work.repeats, device)
+        report.add(f"{other.row}{suffix}", timing, "ms", **ratios(timing, theirs, floor),
                    overhead_vs_core=timing.median / mine.median - 1)
 
 
-def ratios(mine: Timing, other: Timing, floor: float | None) -> dict:
-    out = {"ratio_vs_diffusers_eager": other.median / mine.median}
+def ratios(mine: Timing, theirs: dict[str, Timing], floor: float | None) -> dict:
+    out = {f"ratio_vs_diffusers_{how}": timing.median / mine.median for how, timing in theirs.items()}
     return out if floor is None else out | {"floor_ratio": mine.median / floor}
 
 
 def main(arguments: list[str]) -> int:
-    tiny = "--tiny" in arguments
-    report = run(tiny)
-    if not tiny:  # a check of the benchmark, not a figure
+    parser = argparse.ArgumentParser(prog="run.py bench dit")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--size", choices=SIZES, default="480p")
+    parser.add_argument("--compiled", action="store_true")
+    options = parser.parse_args(arguments)
+    report = run(options.tiny, size=options.size, compiled=options.compiled)
+    if not options.tiny:  # a check of the benchmark, not a figure
         print(report.write())
     return 0
 

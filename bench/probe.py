@@ -31,8 +31,9 @@ SETTINGS = {
     "residual": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2)],
     "rms": [(4, 4), (1, 4), (8, 4), (2, 2), (1, 1)],
     "taps": [(8, 256, 4), (16, 128, 4), (4, 512, 4), (8, 256, 8), (2, 256, 1)],
-    "state": [(64, 4, 2), (64, 4, 3), (64, 4, 1), (32, 4, 2), (32, 8, 2), (128, 8, 2)],
-    "apply": [(64, 4, 4, 2), (64, 8, 4, 2), (64, 4, 4, 1), (32, 8, 4, 2), (32, 8, 8, 2), (128, 4, 8, 2)],
+    "state": [(64, 4, 2), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 8, 2), (128, 8, 2)],
+    "fp8": [(2048, 8, 4), (1024, 8, 4), (4096, 8, 8), (2048, 32, 4), (2048, 2, 4)],
+    "apply": [(64, 8, 4, 2), (64, 4, 8, 2), (32, 8, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2), (32, 16, 4, 1)],
 }
 
 
@@ -160,6 +161,25 @@ def attention() -> None:
         show(f"softmax, {name}", steady(lambda a=more: reference.softmax_attention(q, k, k, HEADS, *a)), 2 * tokens * C * 2)
 
 
+def fp8() -> None:
+    """E4M3 with one scale: the two passes that make it, and the block's products with it (one scale, and one a row)."""
+    tokens = FRAMES * HEIGHT * WIDTH
+    x = rand(1, tokens, HIDDEN)
+    tune("fp8", lambda: fused.scaled_fp8(x), 2.5 * x.nbytes)
+    show("scaled_fp8 reference", measure(lambda: reference.scaled_fp8(x), 1, 3), 2.5 * x.nbytes)
+    for name, out, inner in (("qkv", 3 * C, C), ("proj", C, C), ("up", 2 * HIDDEN, C), ("down", C, HIDDEN), ("time", C, 3 * C)):
+        (a, s), (b, t) = fused.scaled_fp8(rand(tokens, inner)), fused.scaled_fp8(rand(out, inner, scale=inner**-0.5))
+        rows, columns = s.expand(tokens, 1).contiguous(), t.expand(1, out).contiguous()
+        for how, scales in (("one scale", (s, t)), ("a scale a row", (rows, columns))):
+            for fast in (False, True):
+                def product(a=a, b=b, scales=scales, fast=fast) -> torch.Tensor:
+                    return torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+                timing = steady(product, 2, 4)
+                print(f"  {name}, {how}{', fast sums' * fast}: {timing.median:.3f} ms  "
+                      f"{2 * tokens * out * inner / timing.median / 1e9:.0f} TFLOP/s", flush=True)
+
+
 def temporal() -> None:
     """Three forms of the temporal convolution, with what each needs around it."""
     tokens, size = FRAMES * HEIGHT * WIDTH, HEIGHT * WIDTH
@@ -225,8 +245,8 @@ def beside_diffusers() -> None:
     dit.run(TINY)
 
 
-PARTS = {"depthwise": depthwise, "streaming": streaming, "attention": attention, "temporal": temporal, "profile": profile,
-         "beside": beside_diffusers, "limits": limits}
+PARTS = {"depthwise": depthwise, "streaming": streaming, "attention": attention, "temporal": temporal, "fp8": fp8,
+         "profile": profile, "beside": beside_diffusers, "limits": limits}
 
 
 def main(arguments: list[str]) -> int:

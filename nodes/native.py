@@ -20,6 +20,7 @@ from ..sana_video_core.checkpoint import SPEC_KEY, spec_to_text
 from ..sana_video_core.dit import SanaVideoTransformer
 from ..sana_video_core.errors import SanaVideoError
 from ..sana_video_core.specs import ModelSpec, require_size
+from .fp8_layers import with_scaled_inputs
 
 LATENT_FORMATS = {16: comfy.latent_formats.Wan21, 128: comfy.latent_formats.LTXV}
 # Values of the model's width that one token holds at the peak of a block: q, k, v with their rotated float32 copies.
@@ -35,7 +36,7 @@ class SanaVideoDiT(SanaVideoTransformer):
     """The core's network behind the call signature of ComfyUI's diffusion models."""
 
     def __init__(self, spec: ModelSpec, dtype=None, device=None, operations=None, image_model=None):
-        super().__init__(spec, operations=operations, dtype=dtype, device=device)
+        super().__init__(spec, operations=with_scaled_inputs(operations), dtype=dtype, device=device)
         self.dtype = dtype
 
     def forward(self, x, timestep, context=None, control=None, transformer_options=None, **kwargs):

@@ -12,6 +12,7 @@ linear_attention = operator(reference.linear_attention)
 softmax_attention = operator(reference.softmax_attention)
 gated_depthwise = operator(reference.gated_depthwise)
 temporal_taps = operator(reference.temporal_taps)
+scaled_fp8 = operator(reference.scaled_fp8)
 open_window = operator(frames.open_window)
 causal_step = operator(frames.causal_step)
 time_double = operator(frames.time_double)
@@ -28,5 +29,5 @@ frames_cpu.register(OPERATORS)
 __all__ = [
     "OPERATORS", "Constraint", "Contribution", "Operator", "causal_step", "force", "frame_attention", "gated_depthwise",
     "gated_residual", "linear_attention", "modulate_norm", "open_window", "operator", "pixel_conv", "report", "residual_norm",
-    "rms_norm", "softmax_attention", "temporal_taps", "time_double", "upsample_conv",
+    "rms_norm", "scaled_fp8", "softmax_attention", "temporal_taps", "time_double", "upsample_conv",
 ]

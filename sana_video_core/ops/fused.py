@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 
 from .fused_torch import has_weight, one_dtype
-from .reference import ATTENTION_EPS, Contribution
+from .reference import ATTENTION_EPS, E4M3_MAX, Contribution
 from .registry import Constraint
 
 SPLIT_TOKENS = 1024  # tokens a program sums; by shape alone, so that a sum does not depend on the card
-# Launch settings. depthwise was timed on an H200 (bench/probe.py), state and apply there before the programs of a head came
-# one after another, the rest are guesses. norm, residual, rms: tokens a program, warps; taps: tokens, channels, warps; state:
-# tokens, warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU.
+# Launch settings. depthwise was timed on an H200 (bench/probe.py); state and apply were chosen by the compiler's report of
+# registers, the rest are guesses. norm, residual, rms: tokens a program, warps; taps: tokens, channels, warps; state: tokens,
+# warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
 TUNING = {
-    "norm": (4, 4), "residual": (4, 4), "rms": (4, 4), "taps": (8, 256, 4), "state": (64, 4, 2), "apply": (64, 4, 4, 2),
-    "depthwise": (64, 2, "pair"),
+    "norm": (4, 4), "residual": (4, 4), "rms": (4, 4), "taps": (8, 256, 4), "state": (64, 4, 2), "apply": (64, 8, 4, 2),
+    "depthwise": (64, 2, "pair"), "fp8": (2048, 8, 4),
 }
-# Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps, chosen by the
-# compiler's report of spilled registers and timed by nobody yet.
-SMALLER = {"state": (32, 8, 2), "apply": (32, 8, 8, 2)}
+# Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps.
+SMALLER = {"state": (32, 8, 2), "apply": (32, 16, 8, 2)}
 
 
 def _setting(name: str, x: Tensor) -> tuple:
@@ -127,7 +126,8 @@ def linear_attention(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
     history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
 ) -> tuple[Tensor, Contribution]:
-    """See ``reference.linear_attention`` (``quality``). Operands of the two products are rounded to the dtype of qkv."""
+    """See ``reference.linear_attention`` (``quality``). Operands of the sums' product are rounded to the dtype of qkv, those of
+    its application to float16 after a scale."""
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim = width // heads
@@ -137,20 +137,21 @@ def linear_attention(
     vk = torch.empty(batch, heads, splits, dim, dim, **new)
     ksum = torch.empty(batch, heads, splits, dim, **new)
     out = torch.empty(batch, tokens, width, device=qkv.device, dtype=qkv.dtype)
-    kernels = _kernels()
-    sizes = {"OPERAND": kernels.operand(qkv.dtype), "D": dim, "BLOCK_D": _block(dim)}
+    kernels, half = _kernels("kernels_attention"), qkv.dtype == torch.bfloat16
+    words = qkv.view(torch.int32) if half else qkv
+    operand, sizes = _kernels().operand, {"WORDS": half, "D": dim, "BLOCK_D": _block(dim)}
     rows, warps, stages = _setting("state", qkv)
     with torch.cuda.device_of(qkv):
         _rms(qkv[..., width:2 * width].flatten(0, 1), k_weight, inverse, norm_eps, False)
         kernels.attention_state_kernel[(batch * heads, splits)](
-            qkv, inverse, k_weight, cos, sin, vk, ksum, tokens, heads, **sizes, ROWS=rows, STEPS=SPLIT_TOKENS // rows,
-            num_warps=warps, num_stages=stages)
+            qkv, words, inverse, k_weight, cos, sin, vk, ksum, tokens, heads, OPERAND=operand(qkv.dtype), **sizes,
+            ROWS=rows, STEPS=SPLIT_TOKENS // rows, num_warps=warps, num_stages=stages)
         own = Contribution(vk.sum(2), ksum.sum(2)[:, :, None])
         total = own if history is None else Contribution(own.vk + history.vk, own.ksum + history.ksum)
         rows, tiles, warps, stages = _setting("apply", qkv)
         kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
-            qkv, q_weight, cos, sin, total.vk.contiguous(), total.ksum.contiguous(), out, tokens, heads, eps,
-            **sizes, ROWS=rows, TILES=tiles, num_warps=warps, num_stages=stages)
+            qkv, words, q_weight, cos, sin, total.vk.contiguous().view(torch.int64), total.ksum.contiguous(), out, tokens,
+            heads, eps, OPERAND=operand(torch.float16), **sizes, ROWS=rows, TILES=tiles, num_warps=warps, num_stages=stages)
     return out, own
 
 
@@ -186,6 +187,20 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     return taps, u.unflatten(1, (frames, -1))[:, -1:]
 
 
+def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``reference.scaled_fp8``; x is read twice, the largest value is found in a fixed order."""
+    x = x.contiguous()
+    count, (values, tiles, warps) = x.numel(), TUNING["fp8"]
+    largest = torch.empty(-(-count // (values * tiles)), device=x.device, dtype=torch.float32)
+    out = torch.empty(x.shape, device=x.device, dtype=torch.float8_e4m3fn)
+    with torch.cuda.device_of(x):
+        _kernels().largest_kernel[(len(largest),)](x, largest, count, VALUES=values, TILES=tiles, num_warps=warps)
+        most = largest.amax()
+        scale = torch.where(most == 0, 1.0, most / E4M3_MAX)
+        _kernels().scale_kernel[(-(-count // values),)](x, scale, out, count, LIMIT=E4M3_MAX, VALUES=values, num_warps=warps)
+    return out, scale
+
+
 def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parity=False, **_) -> str | None:
     if parity:
         return "parity mode rounds at every step like the official run"
@@ -202,3 +217,4 @@ def register(operators: dict) -> None:
     for function in (modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps):
         name = function.__name__
         operators[name].add("triton", function, Constraint(**needs, check=checks.get(name, one_dtype)))
+    operators["scaled_fp8"].add("triton", scaled_fp8, Constraint(**needs | {"capability": (8, 9)}))

@@ -1,4 +1,4 @@
-"""Triton kernels that pass over the tokens: residuals and norms, temporal neighbours, linear attention.
+"""Triton kernels that pass over the tokens: residuals and norms, temporal neighbours, E4M3 with one scale.
 
 Import only where Triton is there; called by ``fused.py``. All sums, norms, rotations and denominators are float32; only
 the operands of matrix products and the results are rounded to the model dtype (performance spec 4: accuracy). Sums over
@@ -150,80 +150,23 @@ def temporal_taps_kernel(
         tl.store(goal + 2 * C, nothing, mask=inside)
 
 
-@triton.jit
-def _rotated(feature, cos, sin, n, valid, HALF: tl.constexpr, ROWS: tl.constexpr, HALF_BLOCK: tl.constexpr):
-    """``feature [ROWS, 2 * HALF_BLOCK]`` with adjacent pairs turned by the angles of tokens ``n``; float32."""
-    j = tl.arange(0, HALF_BLOCK)
-    at = n[:, None] * HALF + j[None, :]
-    inside = valid[:, None] & (j < HALF)[None, :]
-    c = tl.load(cos + at, mask=inside, other=0.0)
-    s = tl.load(sin + at, mask=inside, other=0.0)
-    a, b = tl.split(tl.reshape(feature, (ROWS, HALF_BLOCK, 2)))
-    return tl.reshape(tl.join(a * c - b * s, a * s + b * c), (ROWS, 2 * HALF_BLOCK))
-
-
-@triton.jit(do_not_specialize=["tokens", "heads"])
-def attention_state_kernel(
-    qkv, inverse, weight, cos, sin, vk, ksum, tokens, heads,
-    OPERAND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
-):
-    """Partial sums over one split (ROWS * STEPS tokens) of one head: v k'^T ``[D, D]`` (rotated keys) and the keys ``[D]``.
-
-    Heads come first in the grid, so that what runs at one time reads whole tokens and shares the rotary table.
-    """
-    row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    batch, head = (row // heads).to(tl.int64), row % heads
-    width = heads * D
-    d = tl.arange(0, BLOCK_D)
-    real = d < D
-    gain = tl.load(weight + head * D + d, mask=real, other=0.0).to(tl.float32)
-    base = qkv + batch * tokens * 3 * width + head * D
-    state = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    keys = tl.zeros((BLOCK_D,), tl.float32)
-    for step in range(STEPS):
-        n = (split * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        valid = n < tokens
-        at = n.to(tl.int64)[:, None] * (3 * width) + d[None, :]
-        inside = valid[:, None] & real[None, :]
-        k = tl.load(base + width + at, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(inverse + batch * tokens + n, mask=valid, other=0.0)
-        k = tl.maximum(k * r[:, None] * gain[None, :], 0.0)
-        keys += tl.sum(k, 0)
-        turned = _rotated(k, cos, sin, n, valid, D // 2, ROWS, BLOCK_D // 2)
-        v = tl.load(base + 2 * width + at, mask=inside, other=0.0)
-        state += tl.dot(tl.trans(v.to(OPERAND)), turned.to(OPERAND), input_precision="ieee")
-    place = row.to(tl.int64) * splits + split
-    tl.store(vk + place * D * D + d[:, None] * D + d[None, :], state, mask=real[:, None] & real[None, :])
-    tl.store(ksum + place * D + d, keys, mask=real)
-
-
-@triton.jit(do_not_specialize=["tokens", "heads"])
-def attention_apply_kernel(
-    qkv, weight, cos, sin, vk, ksum, out, tokens, heads, eps,
-    OPERAND: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
-):
-    """``(state q') / (ksum . q + eps)`` for TILES tiles of ROWS tokens of one head; q' is q rotated.
-
-    The q norm's 1 / rms is a positive factor of both parts and left out (performance spec 4, identity a).
-    """
-    row = tl.program_id(0)
-    batch, head = (row // heads).to(tl.int64), row % heads
-    width = heads * D
-    d = tl.arange(0, BLOCK_D)
-    real = d < D
-    gain = tl.load(weight + head * D + d, mask=real, other=0.0).to(tl.float32)
-    total = tl.load(ksum + row * D + d, mask=real, other=0.0)
-    square = row.to(tl.int64) * D * D + d[:, None] * D + d[None, :]
-    state = tl.load(vk + square, mask=real[:, None] & real[None, :], other=0.0).to(OPERAND)
+@triton.jit(do_not_specialize=["count"])
+def largest_kernel(x, out, count, VALUES: tl.constexpr, TILES: tl.constexpr):
+    """The largest size of TILES tiles of VALUES values into ``out [programs]`` float32; NaN where there is one."""
+    first = tl.program_id(0).to(tl.int64) * (VALUES * TILES)
+    most = tl.zeros((VALUES,), tl.float32)
     for tile in range(TILES):
-        n = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        valid = n < tokens
-        at = (batch * tokens + n)[:, None]
-        inside = valid[:, None] & real[None, :]
-        q = tl.load(qkv + at * (3 * width) + head * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        q = tl.maximum(q * gain[None, :], 0.0)
-        below = tl.sum(q * total[None, :], 1) + eps
-        turned = _rotated(q, cos, sin, n, valid, D // 2, ROWS, BLOCK_D // 2)
-        above = tl.dot(turned.to(OPERAND), tl.trans(state), input_precision="ieee")
-        result = (above / below[:, None]).to(out.dtype.element_ty)
-        tl.store(out + at * width + head * D + d[None, :], result, mask=inside)
+        at = first + tile * VALUES + tl.arange(0, VALUES)
+        most = tl.maximum(most, tl.abs(_float(x + at, at < count)), propagate_nan=tl.PropagateNan.ALL)
+    broken = tl.sum((most != most).to(tl.int32), 0) > 0  # a maximum over a tile drops NaN
+    tl.store(out + tl.program_id(0), tl.where(broken, float("nan"), tl.max(most, 0)))
+
+
+@triton.jit(do_not_specialize=["count"])
+def scale_kernel(x, scale, out, count, LIMIT: tl.constexpr, VALUES: tl.constexpr):
+    """``x / scale`` cut at the limits of ``out``'s type; a NaN stays one."""
+    at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    inside = at < count
+    value = tl.div_rn(_float(x + at, inside), tl.load(scale))
+    value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)

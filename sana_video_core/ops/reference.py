@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTENTION_EPS = 1e-8  # of the linear attention's denominator (model spec 1.7)
+E4M3_MAX = 448.0
 
 
 class Contribution(NamedTuple):
@@ -129,6 +130,16 @@ def gated_depthwise(
     frames = F.conv2d(frames, weight, bias, padding=1, groups=channels)
     a, g = frames.permute(0, 2, 3, 1).reshape(batch, tokens, channels).chunk(2, -1)
     return a * F.silu(g)
+
+
+def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x / scale`` in E4M3 and its float32 scale ``[]``, one for all of x: the largest value becomes the format's largest.
+
+    1 for a tensor of zeros. A value that is not finite makes the scale NaN or infinite, and every product with it NaN.
+    """
+    largest = x.abs().amax().float()
+    scale = torch.where(largest == 0, 1.0, largest / E4M3_MAX)
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:

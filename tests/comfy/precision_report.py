@@ -3,7 +3,8 @@
     .runtime/venv/bin/python tests/comfy/precision_report.py [fp8 int8 mxfp8 nvfp4] [--every] [--clips N]
 
 On a CPU fp8, mxfp8 and nvfp4 weights are expanded for the product, so the first figure is the error of the weights alone. The
-second rounds the inputs of the layers as a card does that multiplies in the format. ``--clips`` lets the judge read clips.
+second is that of a card which multiplies in the format: fp8 does so here too, for the others the layers' inputs are rounded.
+``--clips`` lets the judge read clips made in that second way.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def weight_errors(patcher, exact: dict) -> list:
 
 
 @contextlib.contextmanager
-def inputs_rounded(patcher):
-    """Round the inputs of the layers that would multiply in their format on a card that can. int8 does so everywhere."""
+def as_on_a_card(model):
+    """Multiply in the format what a card that can would: fp8 really, the others with rounded inputs. int8 does so everywhere.
+
+    ``model``: the inner model of a patcher. Gives the number of layers.
+    """
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
     def rounded(module, arguments):
@@ -47,14 +51,20 @@ def inputs_rounded(patcher):
         packed = QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), module.layout_type, scale=None)
         return (packed.dequantize().reshape(x.shape),)
 
-    layers = [m for m in patcher.model.diffusion_model.modules() if getattr(m, "quant_format", None) is not None
+    layers = [m for m in model.diffusion_model.modules() if getattr(m, "quant_format", None) is not None
               and not m._full_precision_mm_config and QUANT_ALGOS[m.quant_format].get("quantize_input", True)]
-    hooks = [m.register_forward_pre_hook(rounded) for m in layers]
+    real = [m for m in layers if m.quant_format == "float8_e4m3fn"]
+    before = [m._full_precision_mm for m in real]
+    hooks = [m.register_forward_pre_hook(rounded) for m in layers if m not in real]
+    for m in real:
+        m._full_precision_mm = False
     try:
         yield len(layers)
     finally:
         for hook in hooks:
             hook.remove()
+        for m, old in zip(real, before):
+            m._full_precision_mm = old
 
 
 def velocities(patcher, caption, mask) -> torch.Tensor:
@@ -79,9 +89,9 @@ def measure(precision: str, path: Path, caption, mask) -> tuple[list, dict[str, 
     state, _ = checkpoint.read_state_dict(path)
     rows = weight_errors(model, checkpoint.convert(state, plain.model.spec))
     whole = {"whole model on this CPU": report.relative_error(velocities(model, caption, mask), exact)}
-    with inputs_rounded(model) as layers:
+    with as_on_a_card(model.model) as layers:
         if layers:
-            what = f"whole model, inputs of {layers} layers rounded as on a card"
+            what = f"whole model, {layers} layers multiplying in few bits"
             whole[what] = report.relative_error(velocities(model, caption, mask), exact)
     return rows, whole
 
@@ -106,7 +116,7 @@ def judged(precision: str, path: Path, clips: int) -> float:
     original, model.network = model.network, Network()
     model.network.register_parameter("dtype_of", torch.nn.Parameter(next(original.parameters())[:0]))
     prompts, _ = evaluate.held_out_prompts(clips)
-    with torch.inference_mode():
+    with torch.inference_mode(), as_on_a_card(inner):
         verdicts, _ = evaluate.run(clips, lambda part, start: model.clips(part, start), prompts, 4)
     return judge.adherence(verdicts)
 

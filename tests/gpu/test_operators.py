@@ -120,6 +120,17 @@ def test_gated_depthwise(case):
         close_enough(*depthwise_call(seed))
 
 
+@pytest.mark.parametrize("case", range(CASES))
+def test_scaled_fp8(case):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no E4M3")
+    for seed in range(case * DRAWS, (case + 1) * DRAWS):
+        x = streaming_calls(seed)[0][1][0] * 10.0 ** (seed % 7 - 3)
+        poison(x)
+        (found, scale), (expected, truth) = fused.scaled_fp8(x), reference.scaled_fp8(x)
+        assert torch.equal(scale, truth) and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_a_call_repeats_bit_for_bit():
     for name, args in (*streaming_calls(7), attention_call(8), depthwise_call(9)):
         ours = getattr(fused, name)

@@ -35,7 +35,7 @@ def arguments() -> dict[str, list[tuple]]:
         "residual_norm": [(x, y, shift, scale)], "rms_norm": [(x, weight, 1e-6), (qkv[..., :WIDTH], weight, 1e-6)],
         "linear_attention": [(qkv, weight, weight, *table, HEADS), (qkv, weight, weight, *table, HEADS, history)],
         "gated_depthwise": [(x, noise(WIDTH, 1, 3, 3), bias, GRID[1:]) for bias in (None, weight)],
-        "temporal_taps": [(x, GRID[0]), (x, GRID[0], noise(BATCH, 1, 6, WIDTH))],
+        "temporal_taps": [(x, GRID[0]), (x, GRID[0], noise(BATCH, 1, 6, WIDTH))], "scaled_fp8": [(x,), (x.transpose(1, 2),)],
     }
 
 
@@ -57,7 +57,9 @@ def test_compiled_form_equals_the_reference_and_declares_what_it_gives(name, mon
         found, expected = flat(getattr(library, name)(*args)), flat(getattr(reference, name)(*args))
         assert len(found) == len(expected) and checked.pop() == dict.fromkeys(CHECKS, "SUCCESS")
         for a, b in zip(found, expected):
-            assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+            rough = a.dtype == torch.float8_e4m3fn  # which the interpreter rounds in its own way (test_ops_kernels.py)
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert torch.allclose(a.float(), b.float(), rtol=0.5 if rough else 1e-5, atol=1e-5)
 
 
 def network() -> tuple[SanaVideoTransformer, tuple]:
