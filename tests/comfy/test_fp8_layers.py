@@ -1,0 +1,50 @@
+"""fp8 layers that scale their inputs, multiplying in E4M3 on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from comfygraphs import relative
+from test_lowbit import SAME, load, quantised, tiny
+
+import inprocess as ip
+
+
+def fp8_layer(world, **changes):
+    """A layer of the tiny model in fp8 that multiplies in it, as on a card."""
+    layer = quantised(load(tiny(world), "fp8"))["blocks.0.attn.proj"]
+    layer._full_precision_mm = False
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def test_fp8_inputs_beyond_the_range_of_the_format_are_not_cut(world):
+    layer = fp8_layer(world)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(3)) * 1e5
+    with torch.inference_mode():
+        found = layer(x)
+        exact = torch.nn.functional.linear(x, layer.weight.dequantize(), layer.bias)
+        assert found.shape == (2, 5, 128) and 0 < relative(found, exact) < 0.04
+        layer.input_scale = torch.nn.Parameter(torch.tensor(1.0), requires_grad=False)  # core's way: cut at 448
+        assert relative(layer(x), exact) > 0.5
+
+
+def test_who_gets_a_scaled_input(world):
+    takes = ip.pack_module("nodes.fp8_layers").takes_scaled_input
+    x = torch.randn(3, 128)
+    assert takes(fp8_layer(world), x)
+    scale = torch.nn.Parameter(torch.tensor(1.0), requires_grad=False)
+    for changes in ({"input_scale": scale}, {"pre_quant_scale": scale}, {"_full_precision_mm": True}, {"quant_format": "mxfp8"},
+                    {"weight_function": [abs]}, {"bias_function": [abs]}, {"comfy_force_cast_weights": True}):
+        assert not takes(fp8_layer(world, **changes), x), changes
+    assert not takes(fp8_layer(world), x.requires_grad_())
+    layers = ip.pack_module("nodes.fp8_layers")
+    assert not takes(fp8_layer(world), layers.scaled(x.detach(), "TensorCoreFP8E4M3Layout"))
+    assert layers.with_scaled_inputs(torch.nn) is torch.nn
+
+
+def test_torch_compile_takes_scaled_inputs(world):
+    layer = fp8_layer(world)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        assert relative(torch.compile(layer, backend="eager")(x), layer(x)) < SAME
