@@ -56,18 +56,24 @@ def long_model(tiny: bool) -> mini_film.LongModel:
 
 
 class Clock(mini_film.Progress):
-    """Quiet, and adds up the seconds of sampling (with storing) and of the video (decoding and writing)."""
+    """Quiet, and adds up the seconds of sampling, of decoding (with storing) and of waiting for the file."""
 
     def __init__(self, spec):
         super().__init__(spec)
-        self.mark, self.sampled, self.decoded = time.perf_counter(), 0.0, 0.0
+        self.mark, self.seconds = time.perf_counter(), {"sample": 0.0, "shown": 0.0, "sampled": 0.0, "decoded": 0.0}
+
+    def step(self, block: int, step: int, steps: int, x0: torch.Tensor) -> None:
+        self._until_now("sample")
 
     def line(self, text: str) -> None:
         pass
 
     def block(self, block: int, what: str) -> None:
+        self._until_now(what)
+
+    def _until_now(self, what: str) -> None:
         now = time.perf_counter()
-        setattr(self, what, getattr(self, what) + now - self.mark)
+        self.seconds[what] += now - self.mark
         self.mark = now
 
 
@@ -125,7 +131,8 @@ def run(tiny: bool = False, report: Report | None = None, blocks: int | None = N
     about = {"film_s": length, "steps": recipe.count, "cfg": recipe.cfg, "blocks": blocks, "threads": count,
              "size": "x".join(str(8 * n) for n in model.size[::-1])}
     report.add("mini_film_cpu", seconds, "s, prompt to mp4", times_real_time=length / seconds, ratio_vs_recompute=again / seconds,
-               sample_and_store_s=clock.sampled, decode_and_write_s=clock.decoded, **about)
+               sample_s=clock.seconds["sample"], commit_decode_store_s=clock.seconds["sampled"] + clock.seconds["decoded"],
+               wait_for_file_s=clock.seconds["shown"], **about)
     report.add("mini_film_cpu_recompute", again, "s, prompt to mp4", times_real_time=length / again, **about)
     return report
 

@@ -95,10 +95,13 @@ def decode_film(name: str, vae, fps: float) -> io.NodeOutput:
         if not done:
             raise SanaVideoError("The film has no finished block yet", found=name, action="Let the block sampler run first")
         bar = comfy.utils.ProgressBar(done)
-        while video.blocks < done:
-            video.add(video.blocks)
-            bar.update_absolute(video.blocks, done)
-        video.catch_up()
+        try:
+            for block in range(video.blocks, done):
+                video.begin(block)
+                bar.update_absolute(block + 1, done)
+            video.catch_up()
+        finally:
+            video.settle()
     return io.NodeOutput(ExecutionBlocker("A film stays on disk: use the video output of 'SANA-Video Decode'"),
                          film_video(video.path))
 

@@ -1,17 +1,22 @@
 """Making a film: sample what is not finished, store each block at once, decode it while the film goes on.
 
-Knows neither the model nor the VAE: it is handed a function that samples blocks and a decoder. Resuming is the normal case.
+A block is written to disk while it is decoded, and is there before the next one is begun; its frames are encoded while the next
+one is sampled. Knows neither the model nor the VAE: it is handed a function that samples blocks and a decoder. Resuming is the
+normal case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
+import torch
 from torch import Tensor
 
 from ..errors import StateError
 from ..sampling.blocks import Block
 from ..state import RecurrentState
+from .background import in_background
 from .folder import Film
 from .video import FilmVideo
 
@@ -27,35 +32,66 @@ def make_film(
 
     ``sample(first, state)`` yields the film's blocks from number ``first`` on, given the state before it. ``keep_states=False``
     keeps on disk only the states of the last two blocks (a 480p state has 153 MiB); then ``replay(first, state, latents)``
-    commits latents again after an edit further back. ``on_block(block, what)`` hears "sampled", "decoded"; what it raises ends
-    the run, with everything finished on disk.
+    commits latents again after an edit further back. ``on_block(block, what)`` hears "sampled" (it is on disk), "decoded" (the
+    decoder has done its part) and "shown" (the file has it); what it raises ends the run, with everything finished on disk.
     """
-    total, done = len(film.plan.blocks), film.finished()
-    if video is not None:
-        video.open()
-        while video.blocks < done:
-            _show(video, on_block)
-    state = state_before(film, done, replay)
-    if done < total:
-        for number, block in enumerate(sample(done, state), done):
-            state = block.state
-            film.write_block(number, block.latent, state)
-            if not keep_states:
-                film.drop_state(number - 2)
-            if on_block is not None:
-                on_block(number, "sampled")
-            if video is not None:
-                _show(video, on_block)
-            del block
-    if video is not None:
-        video.catch_up()
+    total, done, hear = len(film.plan.blocks), film.finished(), on_block or (lambda block, what: None)
+    show = None if video is None else _Show(video, hear)
+    try:
+        if show is not None:
+            for number in range(video.open(), done):
+                show.begin(number)
+                hear(number, "decoded")
+        state = state_before(film, done, replay)
+        if done < total:
+            for number, block in enumerate(sample(done, state), done):
+                latent, state = block.latent.detach().to("cpu", torch.float32), block.state
+                del block
+                _keep(film, number, latent, state, show, hear)
+                if not keep_states:
+                    film.drop_state(number - 2)
+        if show is not None:
+            show.finish()
+            video.catch_up()
+    except BaseException:
+        if video is not None:
+            video.settle()
+        raise
     return state
 
 
-def _show(video: FilmVideo, on_block) -> None:
-    video.add(video.blocks)
-    if on_block is not None:
-        on_block(video.blocks - 1, "decoded")
+def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None, show: _Show | None, hear) -> None:
+    """Store a block; where there is a video, decode it meanwhile."""
+    if show is None:
+        film.write_block(number, latent, state)
+        hear(number, "sampled")
+        return
+    show.finish()
+    stored = in_background(film.write_block, number, latent, None if state is None else state.to("cpu"))
+    try:
+        show.begin(number, latent, stored)
+    finally:  # also after a failure or Cancel in the decoder: the block is finished
+        stored.result()
+        hear(number, "sampled")
+    hear(number, "decoded")
+
+
+class _Show:
+    """Blocks on their way into the video, at most one of them unfinished."""
+
+    def __init__(self, video: FilmVideo, hear):
+        self.video, self.hear, self.last = video, hear, None
+
+    def begin(self, block: int, latent: Tensor | None = None, stored: Future | None = None) -> None:
+        self.finish()
+        self.video.begin(block, latent, stored)
+        self.last = block
+
+    def finish(self) -> None:
+        if self.last is not None:
+            block, self.last = self.last, None
+            self.video.finish()
+            self.hear(block, "shown")
 
 
 def state_before(film: Film, block: int, replay: Replay | None = None) -> RecurrentState | None:

@@ -8,12 +8,14 @@ the decoder's memory is built again exactly from the last latents. Needs PyAV, w
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import secrets
 import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +26,7 @@ from torch import Tensor
 from ..errors import SanaVideoError, StateError
 from ..state.atomic import PART, SYSTEM, append_synced, disk_error, hasher, write_atomic
 from ..vae.wan import DECODER_MEMORY, WanCache, WanVAE, denormalize
+from .background import Feed, in_background
 from .folder import Film
 from .transfer import to_cpu
 
@@ -146,6 +149,7 @@ class FilmVideo:
         self._ready: int | None = None  # the block that the decoder can take next
         self._header = b""
         self._size = 0
+        self._pending: Future | None = None
 
     def contract(self, block: int) -> str:
         """What the fragment of a block depends on."""
@@ -192,14 +196,55 @@ class FilmVideo:
 
     def add(self, block: int) -> int:
         """Decode a finished block, keep its fragment and append it to the file; returns the frames added."""
+        before = self.frames
+        self.begin(block)
+        self.finish()
+        return self.frames - before
+
+    def begin(self, block: int, latent: Tensor | None = None, stored: Future | None = None) -> None:
+        """Decode a block; a thread meanwhile encodes its frames and appends them to the file: see :meth:`finish`.
+
+        ``latent``: the block's, where it is not on disk yet; ``stored`` ends when it is, and before that nothing is appended.
+        """
+        self.finish()
         if block != self.blocks:
             raise SanaVideoError("Blocks are decoded in order", found=f"block {block + 1}", expected=f"block {self.blocks + 1}")
         found = self._segment(block)
-        if found is None:
-            found = self._make_segment(block)
-        else:
+        if found is not None:
             self._ready = None
-        header, (start, size), frames = found
+            self._attach(block, *found)
+            return
+        if self._ready != block:
+            self.decoder.start(self.film.latents_before(block, self.decoder.memory))
+        self._ready = None  # until it has gone well
+        feed = Feed()
+        self._pending = in_background(self._encode, block, feed, stored)
+        try:
+            for frames in self.decoder.decode(self.film.latent(block) if latent is None else latent):
+                feed.put(frames)
+        except BaseException:
+            feed.break_off()
+            self.settle()
+            raise
+        feed.end()
+        self._ready = block + 1
+
+    def finish(self) -> bool:
+        """Wait until what :meth:`begin` began is in the file, and raise what went wrong with it; False: there was nothing."""
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        pending.result()
+        return True
+
+    def settle(self) -> None:
+        """As :meth:`finish`, where something else has gone wrong already: a block that is not in the file is made anew later."""
+        with contextlib.suppress(Exception):
+            self.finish()
+
+    def _attach(self, block: int, header: bytes, place: tuple[int, int], frames: int) -> None:
+        """Append a block's fragment, which is on disk, to the file."""
+        start, size = place
         with open(self.film.segment_path(block), "rb") as file:
             file.seek(start)
             fragment = file.read(size)
@@ -212,7 +257,6 @@ class FilmVideo:
         else:
             self._append(fragment)
         self.blocks, self.frames, self._size = block + 1, self.frames + frames, self._size + size
-        return frames
 
     def _append(self, fragment: bytes) -> None:
         try:
@@ -227,24 +271,25 @@ class FilmVideo:
         except OSError as error:
             raise disk_error(error, self.path) from error
 
-    def _make_segment(self, block: int) -> tuple[bytes, tuple[int, int], int]:
-        if self._ready != block:
-            self.decoder.start(self.film.latents_before(block, self.decoder.memory))
-        self._ready = None  # until it has gone well
-        frames = self.decoder.decode(self.film.latent(block))
+    def _encode(self, block: int, frames: Iterable[Tensor], stored: Future | None) -> None:
+        """Frames to a fragment on disk and in the file."""
         header, fragment, count = encode_fragment(frames, self.frames, block, self.fps, self.crf)
-        self._ready = block + 1
+        if stored is not None:
+            stored.result()
         digest = hasher(self.film.plan.algorithm)
         digest.update(header + fragment)
         record = {"contract": self.contract(block), "digest": digest.hexdigest(), "frames": count, "start": self.frames}
         mark = _MARK + json.dumps(record, sort_keys=True).encode()
         write_atomic(self.film.segment_path(block), [header, fragment, struct.pack(">I4s", len(mark) + 8, b"free"), mark])
-        return header, (len(header), len(fragment)), count
+        self._attach(block, header, (len(header), len(fragment)), count)
 
     def catch_up(self) -> int:
         """Decode every finished block that the file does not show yet, and complete the file when the film is complete."""
-        while self.blocks < self.film.finished():
-            self.add(self.blocks)
+        self.finish()
+        finished = self.film.finished()
+        for block in range(self.blocks, finished):
+            self.begin(block)
+        self.finish()
         if self.blocks == len(self.film.plan.blocks):
             self.complete()
         return self.blocks

@@ -162,7 +162,7 @@ class Progress:
         """``on_block`` of :func:`make_film`."""
         if what == "sampled":
             self.done = block + 1
-        else:
+        elif what == "shown":
             end = seconds_of(self.spans[block], self.spec.fps, self.spec.vae.stride[0])[1]
             if self.moving:
                 print("\r", end="")

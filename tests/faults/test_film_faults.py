@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_a_playable_film(tmp_path):
 
     def look(block, what):
         blocks.append((block, what))
-        if (block, what) == (2, "decoded"):
+        if (block, what) == (2, "shown"):
             def full(*args):
                 raise OSError(errno.ENOSPC, "full")
 

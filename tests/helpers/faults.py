@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 
 from sana_video_core.state.atomic import SYSTEM, System
 
@@ -27,16 +28,17 @@ class Fault:
 @contextlib.contextmanager
 def watched(fault: Fault, short_writes: bool = False):
     """Every call of the core's file layer is an event of ``fault`` (a failing write leaves half of its bytes behind)."""
-    plain = System()
+    plain, one = System(), threading.RLock()  # a film's files are written by several threads
 
     def wrap(name):
         call = getattr(plain, name)
 
         def run(*args):
-            if name == "write" and short_writes and fault.count + 1 == fault.nth:
-                call(args[0], bytes(args[1])[: len(args[1]) // 2])
-            fault.event()
-            return call(*args)
+            with one:
+                if name == "write" and short_writes and fault.count + 1 == fault.nth:
+                    call(args[0], bytes(args[1])[: len(args[1]) // 2])
+                fault.event()
+                return call(*args)
 
         return run
 

@@ -222,7 +222,7 @@ def test_video_plays_after_each_block(tmp_path):
     seen = []
 
     def look(block, what):
-        if what == "decoded":
+        if what == "shown":
             numbers, _ = frames_of(tmp_path / "f" / "film.mp4")
             seen.append(len(numbers))
             assert numbers == list(range(len(numbers)))

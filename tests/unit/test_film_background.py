@@ -1,0 +1,130 @@
+"""What a film's threads promise: order, nothing begun before a block is on disk, failures told in the run that has them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from films import digests, frames_of, shoot
+from sana_video_core.errors import SanaVideoError
+from sana_video_core.film import Film, video
+from sana_video_core.film.background import BrokenOff, Feed, in_background
+from sana_video_core.film.folder import Film as Folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("film") / "whole"
+    shoot(folder)
+    return digests(folder)
+
+
+def test_pieces_arrive_in_order_and_a_broken_feed_raises():
+    feed, broken = Feed(), Feed()
+    taken = in_background(list, feed)
+    for i in range(50):
+        feed.put(i)
+    feed.end()
+    assert taken.result(10) == list(range(50))
+    failed = in_background(list, broken)
+    broken.put(1)
+    broken.break_off()
+    with pytest.raises(BrokenOff):
+        failed.result(10)
+
+
+def test_a_block_is_on_disk_before_the_next_is_begun(tmp_path, monkeypatch, whole):
+    """However slow the disk is."""
+    folder, plain, begun = tmp_path / "f", Folder.write_block, []
+
+    def slow(film, number, *block):
+        time.sleep(0.2)
+        plain(film, number, *block)
+
+    def step(block, *_):
+        if block not in begun:
+            begun.append(block)
+            with Film(folder, write=False) as film:
+                assert film.finished() == block
+
+    monkeypatch.setattr(Folder, "write_block", slow)
+    shoot(folder, on_step=step)
+    assert begun == list(range(6)) and digests(folder) == whole
+
+
+def test_frames_are_encoded_while_the_next_block_is_sampled(tmp_path, monkeypatch, whole):
+    """The encoder waits for the sampler here, which could not end if the sampler waited for the encoder."""
+    plain, stepped = video.encode_fragment, [threading.Event() for _ in range(7)]
+    stepped[6].set()
+
+    def waiting(frames, start, number, *more):
+        found = plain(frames, start, number, *more)
+        assert stepped[number + 1].wait(60)
+        return found
+
+    heard = []
+    monkeypatch.setattr(video, "encode_fragment", waiting)
+    shoot(tmp_path / "f", on_step=lambda block, *_: stepped[block].set(), on_block=lambda *event: heard.append(event))
+    assert digests(tmp_path / "f") == whole
+    assert heard[:5] == [(0, "sampled"), (0, "decoded"), (0, "shown"), (1, "sampled"), (1, "decoded")]
+    assert [block for block, what in heard if what == "shown"] == list(range(6))
+
+
+@pytest.mark.parametrize("where", ["encode_fragment", "write_atomic", "append_synced"])
+def test_a_failing_encoder_ends_the_run_and_loses_no_block(tmp_path, monkeypatch, whole, where):
+    folder, plain, calls = tmp_path / "f", getattr(video, where), []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise SanaVideoError("no more")
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(video, where, failing)
+        with pytest.raises(SanaVideoError, match="no more"):
+            shoot(folder)
+    with Film(folder) as film:
+        done = film.finished()
+    shown = frames_of(folder / "film.mp4")[0]
+    assert 2 <= done <= 4 and shown == list(range(len(shown))) and len(shown) in (9, 17, 25)
+    shoot(folder)
+    assert digests(folder) == whole
+
+
+def test_a_block_that_could_not_be_stored_is_not_shown(tmp_path, monkeypatch, whole):
+    folder, plain = tmp_path / "f", Folder.write_block
+
+    def failing(film, number, *block):
+        if number == 2:
+            raise SanaVideoError("full")
+        plain(film, number, *block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write_block", failing)
+        with pytest.raises(SanaVideoError, match="full"):
+            shoot(folder)
+    with Film(folder) as film:
+        assert film.finished() == 2
+    assert frames_of(folder / "film.mp4")[0] == list(range(17)) and not (folder / "block_0003.mp4").exists()
+    shoot(folder)
+    assert digests(folder) == whole
+
+
+def test_no_thread_outlives_its_film(tmp_path):
+    shoot(tmp_path / "f")
+
+    class Cancel(BaseException):
+        pass
+
+    def cancel(block, what):
+        if (block, what) == (2, "decoded"):
+            raise Cancel
+
+    with pytest.raises(Cancel):
+        shoot(tmp_path / "g", on_block=cancel)
+    assert not [t for t in threading.enumerate() if t.name.startswith("film ")]
+    assert torch.is_grad_enabled()
