@@ -18,11 +18,11 @@ def in_background(function: Callable, *args) -> Future:
 
     def run() -> None:
         try:
-            result = function(*args)
-        except BaseException as error:  # handed to whoever asks for the result
+            future.set_result(function(*args))
+        except Exception as error:  # handed to whoever asks for the result
             future.set_exception(error)
-        else:
-            future.set_result(result)
+        finally:
+            future.cancel()  # where neither happened, nobody shall wait
 
     threading.Thread(target=run, name=f"film {function.__name__}", daemon=True).start()
     return future

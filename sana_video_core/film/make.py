@@ -53,10 +53,9 @@ def make_film(
         if show is not None:
             show.finish()
             video.catch_up()
-    except BaseException:
+    finally:
         if video is not None:
             video.settle()
-        raise
     return state
 
 

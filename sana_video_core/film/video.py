@@ -196,6 +196,7 @@ class FilmVideo:
 
     def add(self, block: int) -> int:
         """Decode a finished block, keep its fragment and append it to the file; returns the frames added."""
+        self.finish()
         before = self.frames
         self.begin(block)
         self.finish()
@@ -222,20 +223,18 @@ class FilmVideo:
         try:
             for frames in self.decoder.decode(self.film.latent(block) if latent is None else latent):
                 feed.put(frames)
-        except BaseException:
-            feed.break_off()
-            self.settle()
-            raise
-        feed.end()
-        self._ready = block + 1
+            feed.end()
+            self._ready = block + 1
+        finally:
+            if self._ready is None:
+                feed.break_off()
+                self.settle()
 
-    def finish(self) -> bool:
-        """Wait until what :meth:`begin` began is in the file, and raise what went wrong with it; False: there was nothing."""
-        if self._pending is None:
-            return False
+    def finish(self) -> None:
+        """Wait until what :meth:`begin` began is in the file, and raise what went wrong with it."""
         pending, self._pending = self._pending, None
-        pending.result()
-        return True
+        if pending is not None:
+            pending.result()
 
     def settle(self) -> None:
         """As :meth:`finish`, where something else has gone wrong already: a block that is not in the file is made anew later."""
