@@ -30,8 +30,6 @@ def film_plan(job: Job):
             keys[key] = caption_key(condition, job.cfg)
         blocks.append(FilmBlock(span.frames, job.seed_of(span), keys[key], patches, prompt, score))
     recipe = {"solver": job.recipe.solver, "steps": job.recipe.steps, "sigmas": job.recipe.sigmas, "cfg": job.cfg}
-    if job.recipe.cfg_from:
-        recipe["cfg_from"] = job.recipe.cfg_from
     start = "" if job.state is None else state_print(job.state)
     settings = FilmSettings(job.spec.name, job.print, job.size, recipe, job.window, job.recompute, "quality", start,
                             plan.index, plan.start)

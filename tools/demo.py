@@ -55,10 +55,11 @@ def demo(environment: Environment, options: argparse.Namespace) -> int:
         if not outcome.ok:
             raise RunError(f"{tail(server.log)}\nThe workflow did not finish: {outcome.error}\nThe whole log: {server.log}")
         video = keep(server.base, outcome.files(), options.out.resolve())
-    say(f"video: {video}")
-    say(f"made in {time.monotonic() - started:.0f} s; judging ...")
-    command = [environment.python, ROOT / "run.py", "--inside", "judge-video", video, text, str(SHOWN.frames)]
-    return subprocess.run(command, env=environment.child_env()).returncode
+        say(f"video: {video}")
+        say(f"made in {time.monotonic() - started:.0f} s; judging ...")
+        command = [environment.python, ROOT / "run.py", "--inside", "judge-video", video, text, str(SHOWN.frames)]
+        judge = subprocess.Popen(command, env=environment.child_env())  # beside the server's end
+    return judge.wait()
 
 
 def change(graph: dict, prompt: str | None, seed: int | None) -> str:

@@ -41,16 +41,12 @@ class Condition(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a block is denoised: ``steps`` with fresh noise (few-step models), or ``sigmas`` through a ``solver``.
-
-    ``cfg_from``: noise level below which guidance is left out, and with it half of a step's work (arXiv 2404.07724).
-    """
+    """How a block is denoised: ``steps`` with fresh noise (few-step models), or ``sigmas`` through a ``solver``."""
 
     solver: str = RENOISE
     steps: tuple[FewStep, ...] = ()
     sigmas: tuple[float, ...] = ()
     cfg: float = 1.0
-    cfg_from: float = 0.0
 
     @classmethod
     def few_step(cls, sigmas: Sequence[float] | Tensor | None = None, cfg: float = 1.0, **longsana) -> Recipe:
@@ -75,11 +71,10 @@ class Recipe(NamedTuple):
 def recipe_of(spec: ModelSpec, steps: int | None = None, cfg: float | None = None) -> Recipe:
     """How a block is denoised in ``steps`` (those of the spec when None): few steps with fresh noise, or many by flow-DPM."""
     steps, cfg = spec.steps if steps is None else steps, spec.cfg if cfg is None else float(cfg)
-    cfg_from = 0.0 if cfg == 1 else spec.cfg_from
     if steps == len(LONGSANA_TIMES):
-        return Recipe.few_step(None, cfg, shift=spec.flow_shift)._replace(cfg_from=cfg_from)
+        return Recipe.few_step(None, cfg, shift=spec.flow_shift)
     if steps <= FEW_STEPS:
-        return Recipe.few_step(shifted(torch.linspace(1, 0, steps + 1), _WARP), cfg)._replace(cfg_from=cfg_from)
+        return Recipe.few_step(shifted(torch.linspace(1, 0, steps + 1), _WARP), cfg)
     return Recipe.multi_step(flow_dpm_sigmas(steps, spec.flow_shift), cfg=cfg)
 
 
@@ -144,15 +139,9 @@ def denoise_block(
     half-precision run (x0 in the network's dtype); otherwise everything outside the network is float32. Differentiable.
     """
     batch, total = shape[0], rows.embedding.shape[0]
-    alone = None  # the positive half of texts and state, from the first step without guidance on
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
-        nonlocal alone
         times = torch.as_tensor(time, dtype=torch.float32, device=device).expand(total)
-        if total != batch and recipe.cfg_from and float(time) < recipe.cfg_from * TIME_SCALE:
-            if alone is None:
-                alone = Caption(rows.embedding[batch:], rows.mask[batch:]), state and state.last_rows(batch)
-            return model(x, times[:batch], *alone[0], state=alone[1]).float()
         latent = x if total == batch else torch.cat((x, x))
         v = model(latent, times, rows.embedding, rows.mask, state=state)
         if total != batch:

@@ -11,7 +11,6 @@ from sana_video_core.sampling.blocks import Condition, Recipe, caption_key, pref
 from sana_video_core.sampling.guidance import Caption
 from sana_video_core.sampling.plan import MAX_BLOCKS, BlockPlan, plan_blocks, seconds_of, split
 from sana_video_core.state import tensors
-from sana_video_core.state.recurrent import map_tensors
 
 FEW = Recipe.few_step((1.0, 0.7, 0.0))
 TEXTS = [Condition(Caption(*caption(i)), Caption(*caption(50 + i, tokens=3))) for i in range(4)]
@@ -165,39 +164,6 @@ def test_guided_blocks_carry_a_state_for_each_branch():
     for row, branch in enumerate(branches):
         for a, b in zip(tensors(branch.layers), tensors(blocks[-1].state.layers), strict=True):
             assert torch.allclose(a, b[row:row + 1], atol=1e-4, rtol=1e-4)
-
-
-def test_guidance_can_end_at_a_level():
-    """Above it as with guidance, below it as a run of the positive branch alone; the state keeps both branches."""
-    recipe, model, rows = Recipe.few_step((1.0, 0.9, 0.5, 0.0), 3.0)._replace(cfg_from=0.8), tiny_model(), []
-
-    class Counting:
-        spec, absorb = model.spec, model.absorb
-
-        def __call__(self, x, *more, **options):
-            rows.append(len(x))
-            return model(x, *more, **options)
-
-    blocks = sample((3, 2), recipe=recipe, model=Counting())
-    assert rows == [2, 2, 1] * 2 and blocks[-1].state.batch == 2
-    noise, state = seeded_noise(1), None
-    for i, (frames, block) in enumerate(zip((3, 2), blocks, strict=True)):
-        shape = (1, 4, frames, *GRID)
-        x = noise(i, 0, shape)
-        for step, (sigma, after) in enumerate(((1.0, 0.9), (0.9, 0.5), (0.5, 0.0))):
-            time, halves = torch.tensor([1000 * sigma]), [None if state is None else state.last_rows(1)]
-            v = model(x, time, *TEXTS[0].positive, state=halves[0])
-            if sigma > 0.8:
-                first = None if state is None else map_tensors(state._replace(batch=1, undo=None), lambda t: t[:1])
-                negative = model(x, time, *TEXTS[0].negative, state=first)
-                v = negative + 3 * (v - negative)
-            x0 = x - sigma * v
-            x = (1 - after) * x0 + after * noise(i, step + 1, shape) if after else x0
-        assert torch.allclose(x, block.latent, atol=2e-5)
-        state = block.state
-    assert not torch.allclose(joined(blocks), joined(sample((3, 2), recipe=recipe._replace(cfg_from=0.0))), atol=1e-3)
-    plain = Recipe.few_step((1.0, 0.9, 0.5, 0.0))
-    assert torch.equal(joined(sample((3, 2), recipe=plain._replace(cfg_from=0.8))), joined(sample((3, 2), recipe=plain)))
 
 
 def test_several_films_at_once():
