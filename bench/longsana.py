@@ -156,7 +156,6 @@ class Parts:
     def __init__(self, device: str):
         self.device, self.start, self.mark = device, time.perf_counter(), 0.0
         self.sample = self.store = self.decode = 0.0
-        self.blocks = 0
         self.ready: list[float] = []
         self.frames: list[Tensor] = []
 
@@ -168,7 +167,6 @@ class Parts:
     def heard(self, block: int, what: str) -> None:
         if what == "sampled":
             self.store += time.perf_counter() - self.decode - self.mark
-            self.blocks += 1
 
 
 class TimedVideo(FilmVideo):
@@ -186,17 +184,17 @@ class TimedStream(WanStream):
 
     def __init__(self, vae, parts: Parts):
         super().__init__(vae, "random")
-        self.parts = parts
+        self.parts, self.blocks = parts, 0
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
-        pieces = super().decode(latent)
+        pieces, self.blocks = super().decode(latent), self.blocks + 1
         while True:
             start = time.perf_counter()
             piece = next(pieces, None)
             self.parts.decode += time.perf_counter() - start
             if piece is None:
                 return
-            if self.parts.blocks < FEW:
+            if self.blocks <= FEW:
                 self.parts.frames.append(piece)
             yield piece
 
@@ -210,7 +208,7 @@ def make_file(long: Long, vae, folder: Path, blocks: int) -> tuple[Path, Parts, 
     parts = Parts(long.device)
     with Film(folder) as film:
         film.use_plan(plan)
-        video = TimedVideo(film, TimedStream(vae, parts), long.spec.fps)
+        video = TimedVideo(film, TimedStream(vae, parts), long.spec.fps, overlap=long.device != "cpu")
         video.parts = parts
         make_film(film, lambda first, state: parts.sampled(long.sample(blocks)), video, on_block=parts.heard)
         total = time.perf_counter() - parts.start

@@ -56,7 +56,7 @@ def long_model(tiny: bool) -> mini_film.LongModel:
 
 
 class Clock(mini_film.Progress):
-    """Quiet, and adds up the seconds of sampling, of decoding (with storing) and of waiting for the file."""
+    """Quiet, and adds up the seconds of steps, of committing and storing, and of decoding with the file."""
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -131,8 +131,8 @@ def run(tiny: bool = False, report: Report | None = None, blocks: int | None = N
     about = {"film_s": length, "steps": recipe.count, "cfg": recipe.cfg, "blocks": blocks, "threads": count,
              "size": "x".join(str(8 * n) for n in model.size[::-1])}
     report.add("mini_film_cpu", seconds, "s, prompt to mp4", times_real_time=length / seconds, ratio_vs_recompute=again / seconds,
-               sample_s=clock.seconds["sample"], commit_decode_store_s=clock.seconds["sampled"] + clock.seconds["decoded"],
-               wait_for_file_s=clock.seconds["shown"], **about)
+               sample_s=clock.seconds["sample"], commit_and_store_s=clock.seconds["sampled"],
+               decode_and_write_s=clock.seconds["decoded"] + clock.seconds["shown"], **about)
     report.add("mini_film_cpu_recompute", again, "s, prompt to mp4", times_real_time=length / again, **about)
     return report
 

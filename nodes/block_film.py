@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..sana_video_core.errors import SanaVideoError
 from .common import MissingPart
-from .film import NativeStream, run_folder
+from .film import film_file, run_folder
 from .long import LatentSpool, Progress
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run_film(job: Job, name: str, vae, keep_states: bool):
     """(LATENT tensor of all blocks of the film, STATE after it). Finished blocks are taken from the folder."""
     import torch
 
-    from ..sana_video_core.film import Film, FilmVideo, make_film
+    from ..sana_video_core.film import Film, make_film
     from ..sana_video_core.sampling.blocks import prefill
 
     job.check_state()
@@ -60,7 +60,7 @@ def run_film(job: Job, name: str, vae, keep_states: bool):
         done = film.use_plan(plan)
         total, spans = len(plan.blocks), plan.block_plan().spans()
         log.info("Film %s: %d of %d blocks are finished", name, done, total)
-        video = None if vae is None or isinstance(vae, MissingPart) else FilmVideo(film, NativeStream(vae), job.fps)
+        video = None if vae is None or isinstance(vae, MissingPart) else film_file(film, vae, job.fps)
         progress = Progress(job.model, max(total - done, 1), job.recipe.count, job.fps)
         with job.network(max(b.frames for b in plan.blocks)) as network:
             def sample(first, state):

@@ -85,11 +85,11 @@ def decode_film(name: str, vae, fps: float) -> io.NodeOutput:
     import comfy.utils
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    from ..sana_video_core.film import Film, FilmVideo
-    from .film import NativeStream, film_video, run_folder
+    from ..sana_video_core.film import Film
+    from .film import film_file, film_video, run_folder
 
     with Film(run_folder(name, must_exist=True)) as film:
-        video = FilmVideo(film, NativeStream(vae), fps)
+        video = film_file(film, vae, fps)
         video.open()
         done = film.finished()
         if not done:

@@ -164,6 +164,13 @@ class NativeStream:
         return torch.cat([self._bytes(p) for p in pieces]).cpu()
 
 
+def film_file(film, vae, fps: float):
+    """The core's FilmVideo of ``film`` with ComfyUI's Wan VAE; on a card frames are encoded while it goes on."""
+    from ..sana_video_core.film import FilmVideo
+
+    return FilmVideo(film, NativeStream(vae), fps, overlap=vae.device.type != "cpu")
+
+
 def _groups(frames: int) -> list[int]:
     """Pairs; an odd frame joins the last pair, a lone frame stays alone."""
     if frames <= 0:

@@ -1,8 +1,8 @@
 """Making a film: sample what is not finished, store each block at once, decode it while the film goes on.
 
-A block is written to disk while it is decoded, and is there before the next one is begun; its frames are encoded while the next
-one is sampled. Knows neither the model nor the VAE: it is handed a function that samples blocks and a decoder. Resuming is the
-normal case.
+A block is on disk before the next one is begun. Where a card decodes, the CPU's work runs beside it (``FilmVideo.overlap``):
+a block is written while it is decoded, and its frames are encoded while the next one is sampled. Knows neither the model nor
+the VAE: it is handed a function that samples blocks and a decoder. Resuming is the normal case.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_film(
         if show is not None:
             for number in range(video.open(), done):
                 show.begin(number)
-                hear(number, "decoded")
+                show.decoded()
         state = state_before(film, done, replay)
         if done < total:
             for number, block in enumerate(sample(done, state), done):
@@ -60,10 +60,13 @@ def make_film(
 
 
 def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None, show: _Show | None, hear) -> None:
-    """Store a block; where there is a video, decode it meanwhile."""
-    if show is None:
+    """Store a block, and decode it."""
+    if show is None or not show.video.overlap:
         film.write_block(number, latent, state)
         hear(number, "sampled")
+        if show is not None:
+            show.begin(number)
+            show.decoded()
         return
     show.finish()
     stored = in_background(film.write_block, number, latent, None if state is None else state.to("cpu"))
@@ -72,11 +75,11 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
     finally:  # also after a failure or Cancel in the decoder: the block is finished
         stored.result()
         hear(number, "sampled")
-    hear(number, "decoded")
+    show.decoded()
 
 
 class _Show:
-    """Blocks on their way into the video, at most one of them unfinished."""
+    """Blocks on their way into the video; with overlap one of them may be unfinished when the next is sampled."""
 
     def __init__(self, video: FilmVideo, hear):
         self.video, self.hear, self.last = video, hear, None
@@ -85,6 +88,12 @@ class _Show:
         self.finish()
         self.video.begin(block, latent, stored)
         self.last = block
+
+    def decoded(self) -> None:
+        """The decoder has done its part of the last block."""
+        self.hear(self.last, "decoded")
+        if not self.video.overlap:
+            self.finish()
 
     def finish(self) -> None:
         if self.last is not None:

@@ -138,10 +138,14 @@ def encode_fragment(frames: Iterable[Tensor], start: int, number: int, fps: Frac
 
 
 class FilmVideo:
-    """The growing video of one film. Decodes finished blocks in order; anything it wrote before is used again."""
+    """The growing video of one film. Decodes finished blocks in order; anything it wrote before is used again.
 
-    def __init__(self, film: Film, decoder: Decoder, fps: float | Fraction = 16, crf: int = 18, name: str = VIDEO):
-        self.film, self.decoder, self.crf = film, decoder, crf
+    ``overlap``: a thread encodes what the decoder makes. For a decoder on a card; on a CPU the two would wait for each other.
+    """
+
+    def __init__(self, film: Film, decoder: Decoder, fps: float | Fraction = 16, crf: int = 18, name: str = VIDEO,
+                 overlap: bool = False):
+        self.film, self.decoder, self.crf, self.overlap = film, decoder, crf, overlap
         self.fps = Fraction(fps).limit_denominator(1001)
         self.path = film.folder / name
         self.blocks = 0  # blocks in the file
@@ -203,7 +207,7 @@ class FilmVideo:
         return self.frames - before
 
     def begin(self, block: int, latent: Tensor | None = None, stored: Future | None = None) -> None:
-        """Decode a block; a thread meanwhile encodes its frames and appends them to the file: see :meth:`finish`.
+        """Decode a block; its frames are encoded and appended to the file at the latest when :meth:`finish` returns.
 
         ``latent``: the block's, where it is not on disk yet; ``stored`` ends when it is, and before that nothing is appended.
         """
@@ -218,10 +222,15 @@ class FilmVideo:
         if self._ready != block:
             self.decoder.start(self.film.latents_before(block, self.decoder.memory))
         self._ready = None  # until it has gone well
+        latent = self.film.latent(block) if latent is None else latent
+        if not self.overlap:
+            self._encode(block, self.decoder.decode(latent), stored)
+            self._ready = block + 1
+            return
         feed = Feed()
         self._pending = in_background(self._encode, block, feed, stored)
         try:
-            for frames in self.decoder.decode(self.film.latent(block) if latent is None else latent):
+            for frames in self.decoder.decode(latent):
                 feed.put(frames)
             feed.end()
             self._ready = block + 1

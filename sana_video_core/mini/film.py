@@ -189,7 +189,8 @@ def make(
     progress = progress or Progress(model.spec)
     with Film(folder) as film:
         progress.begin(wanted, film.use_plan(wanted), film.folder)
-        video = FilmVideo(film, WanStream(model.vae, weights_print(model.vae)), model.spec.fps)
+        video = FilmVideo(film, WanStream(model.vae, weights_print(model.vae)), model.spec.fps,
+                          overlap=model.device.type != "cpu")
         make_film(film, _sampler(model, film, recipe, on_step or progress.step), video, on_block=progress.block)
     return video.path
 

@@ -54,7 +54,7 @@ def test_every_file_operation_failing_once(tmp_path, whole, number, words):
         folder = tmp_path / f"f{nth}"
         with failing(nth, number) as fault:
             try:
-                shoot(folder)
+                shoot(folder, overlap=bool(nth // FAULT_STRIDE % 2))
             except SanaVideoError as error:
                 told += 1
                 assert words in str(error) and "File" not in str(error).split(".")[0]
@@ -71,7 +71,8 @@ def test_every_file_operation_failing_once(tmp_path, whole, number, words):
     assert told > 0.8 * len(range(first, calls + 1, FAULT_STRIDE))
 
 
-def test_a_full_disk_leaves_a_playable_film(tmp_path):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_full_disk_leaves_a_playable_film(tmp_path, overlap):
     folder = tmp_path / "f"
     blocks = []
 
@@ -85,7 +86,7 @@ def test_a_full_disk_leaves_a_playable_film(tmp_path):
 
     try:
         with pytest.raises(SanaVideoError, match="disk is full.*finished blocks are kept"):
-            shoot(folder, on_block=look)
+            shoot(folder, on_block=look, overlap=overlap)
     finally:
         del SYSTEM.write
     assert frames_of(folder / "film.mp4")[0] == list(range(25))
@@ -105,7 +106,8 @@ def test_a_read_only_folder_says_so(tmp_path):
         del SYSTEM.mkdir
 
 
-def test_an_interrupt_while_decoding_loses_no_block(tmp_path, whole):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_interrupt_while_decoding_loses_no_block(tmp_path, whole, overlap):
     class Interrupt(BaseException):
         pass
 
@@ -121,7 +123,7 @@ def test_an_interrupt_while_decoding_loses_no_block(tmp_path, whole):
     video._bytes = interrupted
     try:
         with pytest.raises(Interrupt):
-            shoot(folder)
+            shoot(folder, overlap=overlap)
     finally:
         video._bytes = plain
     with Film(folder) as film:

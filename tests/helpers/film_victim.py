@@ -28,7 +28,7 @@ def make(folder: Path, fault: Fault, report: Path | None = None) -> None:
         fault.event()
 
     with watched(fault, short_writes=True):
-        shoot(folder, on_step=on_step, on_block=lambda *a: fault.event())
+        shoot(folder, on_step=on_step, on_block=lambda *a: fault.event(), overlap=bool(fault.nth % 2))
     if report is not None:
         report.write_text(json.dumps({"events": fault.count, "sampled": sorted(sampled), "files": digests(folder)}))
 

@@ -52,12 +52,13 @@ def replayer(film: Film, texts=TEXTS):
     return replay
 
 
-def shoot(folder: Path, film_plan: FilmPlan | None = None, texts=TEXTS, video=True, on_step=None, start=None, **options):
+def shoot(folder: Path, film_plan: FilmPlan | None = None, texts=TEXTS, video=True, on_step=None, start=None, overlap=False,
+          **options):
     """Make (or finish) the film in ``folder``; returns the last state."""
     with Film(folder) as film:
         film.use_start(start)
         film.use_plan(film_plan or plan(texts=texts))
-        stream = FilmVideo(film, WanStream(tiny_vae(), "vae")) if video else None
+        stream = FilmVideo(film, WanStream(tiny_vae(), "vae"), overlap=overlap) if video else None
         return make_film(film, sampler(film, texts, on_step), stream, **options)
 
 

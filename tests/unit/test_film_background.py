@@ -8,17 +8,23 @@ import time
 import pytest
 import torch
 
-from films import digests, frames_of, shoot
+from films import digests, frames_of
+from films import shoot as shoot_plainly
 from sana_video_core.errors import SanaVideoError
 from sana_video_core.film import Film, video
 from sana_video_core.film.background import BrokenOff, Feed, in_background
 from sana_video_core.film.folder import Film as Folder
 
 
+def shoot(folder, **options):
+    """A film as on a card."""
+    return shoot_plainly(folder, overlap=True, **options)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("film") / "whole"
-    shoot(folder)
+    shoot_plainly(folder)
     return digests(folder)
 
 

@@ -84,7 +84,7 @@ def test_ctrl_c_leaves_the_finished_blocks_and_the_same_command_goes_on(tmp_path
 def test_a_killed_film_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     arguments = ["--blocks", "3", "--dir", str(tmp_path / "f"), "--device", "cpu"]
     victim = subprocess.run([sys.executable, minifilm.__file__, "2", "1", *arguments], capture_output=True, text=True)
-    assert victim.returncode == 9 and "block 1 of 3" in victim.stdout, victim.stderr
+    assert victim.returncode == 9 and "block 2 of 3" in victim.stdout, victim.stderr
     seen = sampled_in(monkeypatch)
     assert film.main(arguments) == 0 and set(seen) == {2}
     assert run(tmp_path / "whole") == 0
