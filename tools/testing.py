@@ -41,7 +41,10 @@ def named_paths(arguments: list[str]) -> list[str]:
 def processes(arguments: list[str]) -> list[str]:
     """pytest's arguments for several processes; none where tests are named (a card's tests too), or somebody looks in on one."""
     alone = any(a in ("-m", "-s", "-x", "--pdb", "--capture=no") or a.startswith(("-n", "-p")) for a in arguments)
-    return [] if alone or named_paths(arguments) else ["-n", str(cores()), "--dist", "loadfile"]
+    if alone or named_paths(arguments):
+        return []
+    # In the folders' order, in which the long files of few tests (browser, server) do not come last and alone.
+    return ["-n", str(cores()), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def needs_browser(arguments: list[str]) -> bool:

@@ -334,7 +334,8 @@ def test_only_the_whole_suite_runs_in_several_processes(monkeypatch, tmp_path):
     (tmp_path / "tests").mkdir()
     monkeypatch.setattr(testing, "ROOT", tmp_path)
     monkeypatch.setattr(testing.os, "cpu_count", lambda: 2)
-    assert testing.processes([]) == testing.processes(["-q", "--ignore=tests/browser"]) == ["-n", "2", "--dist", "loadfile"]
+    assert testing.processes([]) == testing.processes(["-q", "--ignore=tests/browser"]) == [
+        "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     for own in (["tests"], ["-m", "gpu"], ["-x"], ["-n0"], ["-n", "3"], ["-s"], ["-p", "no:xdist"]):
         assert testing.processes(own) == []
     monkeypatch.setattr(testing.os, "cpu_count", lambda: 64)
