@@ -198,14 +198,6 @@ class FilmVideo:
         except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration):
             return None  # made anew from the latent
 
-    def add(self, block: int) -> int:
-        """Decode a finished block, keep its fragment and append it to the file; returns the frames added."""
-        self.finish()
-        before = self.frames
-        self.begin(block)
-        self.finish()
-        return self.frames - before
-
     def begin(self, block: int, latent: Tensor | None = None, stored: Future | None = None) -> None:
         """Decode a block; its frames are encoded and appended to the file at the latest when :meth:`finish` returns.
 

@@ -125,11 +125,6 @@ class RecurrentState(NamedTuple):
         """The same state with its tensors on ``device`` (fresh tensors when ``copy``)."""
         return map_tensors(self, lambda t: t.to(device, copy=copy))
 
-    def last_rows(self, count: int) -> RecurrentState:
-        """The last ``count`` rows, to read from: with CFG the positive half. Views; no undo, no window."""
-        layers = tuple(LayerState(*(t[-count:] for t in layer)) for layer in self.layers)
-        return self._replace(batch=count, layers=layers, recent=(), undo=None)
-
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in tensors(self))

@@ -67,6 +67,12 @@ def joined(a: RecurrentState, b: RecurrentState) -> RecurrentState:
     return a._replace(batch=a.batch + b.batch, layers=layers, recent=(), undo=None)
 
 
+def last_rows(state: RecurrentState, count: int) -> RecurrentState:
+    """The last rows of a state, for reading."""
+    layers = tuple(LayerState(*(t[-count:] for t in layer)) for layer in state.layers)
+    return state._replace(batch=count, layers=layers, recent=(), undo=None)
+
+
 def endpoint(velocity, x: Tensor, levels: Sequence[float]) -> Tensor:
     """Where the flow ends from ``x``, along ``levels`` that fall to 0.
 
@@ -151,7 +157,7 @@ class Films:
         levels; at low ones it costs a second call and shifts colours.
         """
         size, args = len(x), self.args
-        stated = self.teacher_state.last_rows(size)
+        stated = last_rows(self.teacher_state, size)
 
         def velocity(x: Tensor, level: float) -> Tensor:
             times = torch.full((2 * size,), TIME_SCALE * level, device=self.device)

@@ -207,7 +207,7 @@ def film(tmp_path_factory):
         watcher.look()
         for block in range(blocks):
             folder.write_block(block, torch.randn(1, 16, plan.blocks[block].frames, 4, 4, generator=generator), None)
-            video.add(block)
+            video.begin(block)
             watcher.look()
             watcher.look()
         video.complete()

@@ -288,7 +288,7 @@ def test_the_target_is_the_teachers_solution_of_the_students_own_latent(films):
     made.block = lambda: made_blocks.append(make()) or made_blocks[-1]
     target = made.advance(1)
     latent, met = made_blocks[0]
-    assert same_layers(target.state.last_rows(3), before) and target.state.batch == 12 and made.state.blocks == 2
+    assert same_layers(distill.last_rows(target.state, 3), before) and target.state.batch == 12 and made.state.blocks == 2
     assert torch.equal(target.x, torch.cat(met)) and target.time.tolist() == [t for t in LONGSANA_TIMES for _ in range(3)]
     assert torch.allclose(target.sigma, target.time / 1000, atol=1e-3) and torch.equal(target.text.mask[3:6], made.text.mask)
     made.teacher_state = teacher_before
@@ -357,7 +357,7 @@ def test_true_rows_stand_beside_the_films(films):
     assert 0.8 < float(swing.std()) < 1.2
     assert float(target.clean[12:].abs().max()) <= 1.0
     whole = made.runner(target.x, target.time, *target.text, state=target.state)
-    alone = made.runner(target.x[13:], target.time[13:], *(t[13:] for t in target.text), state=target.state.last_rows(1))
+    alone = made.runner(target.x[13:], target.time[13:], *(t[13:] for t in target.text), state=distill.last_rows(target.state, 1))
     assert torch.allclose(whole[13:], alone, atol=1e-5)
 
 
