@@ -31,7 +31,9 @@ SETTINGS = {
     "residual": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2)],
     "rms": [(4, 4), (1, 4), (8, 4), (2, 2), (1, 1)],
     "taps": [(8, 256, 4), (16, 128, 4), (4, 512, 4), (8, 256, 8), (2, 256, 1)],
-    "state": [(64, 4, 2), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 8, 2), (128, 8, 2)],
+    "keys": [(4,), (8,), (2,)],
+    "state": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (32, 4, 4), (128, 8, 3), (128, 4, 2)],
+    "row_fp8": [(1, 8), (2, 8), (4, 8), (1, 4), (1, 16)],
     "fp8": [(2048, 8, 4), (1024, 8, 4), (4096, 8, 8), (2048, 32, 4), (2048, 2, 4)],
     "apply": [(64, 8, 4, 2), (64, 4, 8, 2), (32, 8, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2), (32, 16, 4, 1)],
 }
@@ -149,7 +151,7 @@ def attention() -> None:
     cos, sin = rope_table(FRAMES, HEIGHT, WIDTH, C // HEADS, device=DEVICE)
     args = (qkv, weight, weight, cos, sin, HEADS)
     compare("linear_attention", args, 5 * tokens * C * 2)
-    for name in ("state", "apply"):
+    for name in ("keys", "state", "apply"):
         tune(name, lambda: fused.linear_attention(*args), 5 * tokens * C * 2)
     before = fused.SPLIT_TOKENS
     for size in (512, 2048, before):
@@ -167,6 +169,9 @@ def fp8() -> None:
     x = rand(1, tokens, HIDDEN)
     tune("fp8", lambda: fused.scaled_fp8(x), 2.5 * x.nbytes)
     show("scaled_fp8 reference", measure(lambda: reference.scaled_fp8(x), 1, 3), 2.5 * x.nbytes)
+    tune("row_fp8", lambda: fused.row_fp8(x), 1.5 * x.nbytes)
+    narrow = rand(1, tokens, C)
+    show("row_fp8 of a narrow tensor", steady(lambda: fused.row_fp8(narrow)), 1.5 * narrow.nbytes)
     for name, out, inner in (("qkv", 3 * C, C), ("proj", C, C), ("up", 2 * HIDDEN, C), ("down", C, HIDDEN), ("time", C, 3 * C)):
         (a, s), (b, t) = fused.scaled_fp8(rand(tokens, inner)), fused.scaled_fp8(rand(out, inner, scale=inner**-0.5))
         rows, columns = s.expand(tokens, 1).contiguous(), t.expand(1, out).contiguous()
@@ -224,21 +229,28 @@ def profile() -> None:
     print(f"  settings: {fused.TUNING}", flush=True)
     work = dit.workload(TINY)
     model = dit.build(work.spec, DEVICE, torch.bfloat16, **dit.PEER_EPS)
-    args = dit.row(dit.inputs(work.spec, work.grid, 2, DEVICE, torch.bfloat16), 0)
-    show("forward, batch 1", measure(lambda: model(**args), 2, 7))
+    both = dit.inputs(work.spec, work.grid, 2, DEVICE, torch.bfloat16)
+    for batch, args in (("2", both), ("1", dit.row(both, 0))):
+        show(f"forward, batch {batch}", measure(lambda a=args: model(**a), 2, 7))
+        kernel_times(lambda a=args: model(**a))
+    with ops.force("reference"):
+        show("forward, batch 1, reference operators", measure(lambda: model(**args), 1, 2))
+
+
+def kernel_times(function) -> None:
+    """Where the device's time goes during one call."""
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CUDA if torch.cuda.is_available() else activity.CPU]
     with torch.profiler.profile(activities=kinds) as record:
-        model(**args)
+        function()
     events = sorted(record.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events)
     products = sum(e.self_device_time_total for e in events if any(w in e.key for w in ("gemm", "cutlass", "nvjet")))
     print(f"  on the device {total / 1e3:.1f} ms, of it matrix products {products / 1e3:.1f} ms, the rest "
           f"{(total - products) / 1e3:.1f} ms", flush=True)
     for event in events[:45]:
-        print(f"    {event.self_device_time_total / 1e3:8.2f} ms {event.count:5d}x  {event.key[:110]}")
-    with ops.force("reference"):
-        show("forward, batch 1, reference operators", measure(lambda: model(**args), 1, 2))
+        if event.self_device_time_total > 20:
+            print(f"    {event.self_device_time_total / 1e3:8.2f} ms {event.count:5d}x  {event.key[:110]}")
 
 
 def beside_diffusers() -> None:

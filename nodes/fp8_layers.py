@@ -1,15 +1,22 @@
-"""ComfyUI's fp8 layers with inputs that are scaled by their own largest value.
+"""ComfyUI's fp8 layers with inputs that are scaled by their own largest values.
 
 Where a file has no calibrated ``input_scale``, core's layer casts its input to E4M3 as it is and cuts what lies beyond 448
-(comfyui spec 5.2). Hidden layers and attention have no such bound, so here every such input gets a scale of its own, made in two
-passes over it (``ops.scaled_fp8``), and core's layer gets the finished tensor. Needs ComfyUI inside the functions only.
+(comfyui spec 5.2). Hidden layers and attention have no such bound, so here every such input gets scales of its own: one a row,
+made in one pass over it (``ops.row_fp8``), where the device multiplies such rows; else one for all of it, in two passes
+(``ops.scaled_fp8``), and core's layer gets the finished tensor. Needs ComfyUI inside the functions only.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+
+import torch
+
 from ..sana_video_core import ops
 
 FORMAT = "float8_e4m3fn"
+log = logging.getLogger(__name__)
 
 
 def with_scaled_inputs(operations):
@@ -22,6 +29,12 @@ def with_scaled_inputs(operations):
             if not takes_scaled_input(self, input):
                 return super().forward(input, *args, **kwargs)
             return super().forward(scaled(input, self.layout_type), *args, **kwargs).reshape(*input.shape[:-1], -1)
+
+        def _forward(self, input, weight, bias):
+            scale = getattr(getattr(input, "_params", None), "scale", None)
+            if scale is None or scale.ndim != 2:
+                return super()._forward(input, weight, bias)
+            return row_product(input._qdata, scale, weight._qdata, weight._params.scale, bias, input._params.orig_dtype)
 
     return type(operations.__name__, (operations,), {"Linear": Linear})
 
@@ -38,10 +51,32 @@ def takes_scaled_input(layer, x) -> bool:
 
 
 def scaled(x, layout: str):
-    """``x [..., C]`` as core's quantised rows ``[N, C]``."""
+    """``x [..., C]`` as core's quantised rows ``[N, C]``; with scales ``[N, 1]`` where :func:`row_product` takes them."""
     from comfy.quant_ops import QuantizedTensor, get_layout_class
 
     rows = x.reshape(-1, x.shape[-1])
-    values, scale = ops.scaled_fp8(rows)
+    by_row = rows.dtype == torch.bfloat16 and multiplies_rows(rows.device)
+    values, scale = (ops.row_fp8 if by_row else ops.scaled_fp8)(rows)
     params = get_layout_class(layout).Params(scale=scale, orig_dtype=x.dtype, orig_shape=tuple(rows.shape))
     return QuantizedTensor(values, layout, params)
+
+
+def row_product(x, x_scale, weight, weight_scale, bias, dtype):
+    """``(x * x_scale) (weight * weight_scale)^T + bias``: E4M3 ``x [N, C]``, ``weight [M, C]``, scales ``[N, 1]`` and ``[]``."""
+    columns = weight_scale.float().reshape(1, 1).expand(1, len(weight)).contiguous()
+    return torch._scaled_mm(x.contiguous(), weight.t(), x_scale, columns, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def multiplies_rows(device: torch.device) -> bool:
+    """Whether torch multiplies E4M3 with a scale a row there (it depends on card, torch and system): a small product tells."""
+    if device.type != "cuda":
+        return False
+    x, scale = torch.ones(16, 32, device=device).to(torch.float8_e4m3fn), torch.full((16, 1), 2.0, device=device)
+    try:
+        found = row_product(x, scale, x, torch.ones((), device=device), None, torch.bfloat16)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        log.info("fp8 with one scale for all rows: this device has no product with a scale a row (%s)", str(error)[:120])
+        return False
+    return bool((found == 64).all())

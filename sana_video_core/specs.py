@@ -99,7 +99,7 @@ _MINI = ModelSpec(
     flow_shift=3.0, cfg=3.0, steps=20,
 )
 # Not distilled: fresh noise at every step lets eight steps with little guidance do (judged, see the CHANGELOG).
-_MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, flow_shift=6.0, steps=8, cfg=1.6)
+_MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, flow_shift=6.0, steps=4, cfg=1.0)
 
 SPECS: dict[str, ModelSpec] = {s.name: s for s in (_2B_480P, _2B_720P, _LONGSANA, _V2_5B, _MINI, _MINI_LONG)}
 

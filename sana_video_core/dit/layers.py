@@ -43,7 +43,7 @@ class Context(NamedTuple):
 def valid_lengths(mask: Tensor | None) -> tuple[int, ...] | None:
     """Valid text tokens of each row when they come first in every row, else None (then the mask does the work).
 
-    One wait for the device a forward pass; left out where it would break a compiled graph or split a training batch.
+    One wait for the device unless the mask is on the CPU; left out where it would break a compiled graph or split a training batch.
     """
     if mask is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
@@ -165,8 +165,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         k, v = self.kv_linear(ctx.text).chunk(2, -1)
         q = self.q_norm(self.q_linear(_official_layout(x) if self.parity else x))
-        lengths = None if self.parity else ctx.lengths  # leaving masked text out sums in another order
-        return self.proj(ops.softmax_attention(q, self.k_norm(k), v, self.heads, ctx.mask, lengths))
+        return self.proj(ops.softmax_attention(q, self.k_norm(k), v, self.heads, ctx.mask, ctx.lengths))
 
 
 class _Conv(nn.Module):

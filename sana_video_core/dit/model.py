@@ -122,7 +122,9 @@ class SanaVideoTransformer(nn.Module):
         rows = self.t_block(time).unflatten(-1, (6, -1))
         text = self.attention_y_norm(self.y_embedder(caption.to(dtype)))
         mask = None if caption_mask is None else caption_mask.bool()
-        ctx = Context(grid, rows, text, mask, cos, sin, valid_lengths(mask))
+        lengths = None if self.parity else valid_lengths(mask)  # leaving masked text out sums in another order
+        mask = None if mask is None or lengths is not None else mask.to(latent.device)
+        ctx = Context(grid, rows, text, mask, cos, sin, lengths)
         x = self.x_embedder(latent.to(dtype))
         for i, block in enumerate(self.blocks):
             if state_only and i == len(self.blocks) - 1:

@@ -18,6 +18,7 @@ from ..sampling.blocks import Block
 from ..state import RecurrentState
 from .background import in_background
 from .folder import Film
+from .transfer import later_on_cpu
 from .video import FilmVideo
 
 Sample = Callable[[int, RecurrentState | None], Iterator[Block]]
@@ -69,7 +70,12 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
             show.decoded()
         return
     show.finish()
-    stored = in_background(film.write_block, number, latent, None if state is None else state.to("cpu"))
+    state_there = later_on_cpu(state)
+
+    def store() -> None:
+        film.write_block(number, latent, state_there())
+
+    stored = in_background(store)
     try:
         show.begin(number, latent, stored)
     finally:  # also after a failure or Cancel in the decoder: the block is finished

@@ -1,4 +1,4 @@
-"""Frames from a CUDA device to the CPU while the device goes on with the next ones.
+"""Frames and states from a CUDA device to the CPU while the device goes on with the next ones.
 
 A plain copy waits for all work queued before it, and the device then waits for whoever takes the frames. Here the copy of a
 piece is queued as soon as it is made, into page-locked memory, and a piece is handed out a few pieces later.
@@ -7,10 +7,14 @@ piece is queued as soon as it is made, into page-locked memory, and a piece is h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..state import RecurrentState
 
 AHEAD = 4  # pieces on their way: the latent frames that the fused decoder makes in one pass
 
@@ -36,3 +40,19 @@ def to_cpu(pieces: Iterable[Tensor], ahead: int = AHEAD) -> Iterator[Tensor]:
 def _wait(copy: Tensor, arrived: torch.cuda.Event) -> Tensor:
     arrived.synchronize()
     return copy
+
+
+def later_on_cpu(state: RecurrentState | None) -> Callable[[], RecurrentState | None]:
+    """A function that gives ``state`` on the CPU, for another thread: its copy waits for what is queued now, not for more."""
+    device = next((layer.vk.device for layer in state.layers), torch.device("cpu")) if state is not None else torch.device("cpu")
+    if device.type != "cuda":
+        return lambda: state
+    made = torch.cuda.Event()
+    made.record(torch.cuda.current_stream(device))
+
+    def fetch() -> RecurrentState:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            torch.cuda.current_stream(device).wait_event(made)
+            return state.to("cpu")
+
+    return fetch

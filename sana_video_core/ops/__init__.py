@@ -12,6 +12,7 @@ linear_attention = operator(reference.linear_attention)
 softmax_attention = operator(reference.softmax_attention)
 gated_depthwise = operator(reference.gated_depthwise)
 temporal_taps = operator(reference.temporal_taps)
+row_fp8 = operator(reference.row_fp8)
 scaled_fp8 = operator(reference.scaled_fp8)
 open_window = operator(frames.open_window)
 causal_step = operator(frames.causal_step)
@@ -29,5 +30,5 @@ frames_cpu.register(OPERATORS)
 __all__ = [
     "OPERATORS", "Constraint", "Contribution", "Operator", "causal_step", "force", "frame_attention", "gated_depthwise",
     "gated_residual", "linear_attention", "modulate_norm", "open_window", "operator", "pixel_conv", "report", "residual_norm",
-    "rms_norm", "scaled_fp8", "softmax_attention", "temporal_taps", "time_double", "upsample_conv",
+    "rms_norm", "row_fp8", "scaled_fp8", "softmax_attention", "temporal_taps", "time_double", "upsample_conv",
 ]

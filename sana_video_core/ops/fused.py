@@ -15,13 +15,14 @@ from .fused_torch import has_weight, one_dtype
 from .reference import ATTENTION_EPS, E4M3_MAX, Contribution
 from .registry import Constraint
 
-SPLIT_TOKENS = 1024  # tokens a program sums; by shape alone, so that a sum does not depend on the card
+SPLIT_TOKENS, KEY_TOKENS = 1024, 16  # tokens a program sums; by shape alone, so that a sum does not depend on the card
 # Launch settings. depthwise was timed on an H200 (bench/probe.py); state and apply were chosen by the compiler's report of
-# registers, the rest are guesses. norm, residual, rms: tokens a program, warps; taps: tokens, channels, warps; state: tokens,
-# warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
+# registers, the rest are guesses. norm, residual, rms: tokens a program, warps; taps: tokens, channels, warps; keys: warps; state: tokens,
+# warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps;
+# row_fp8: tokens, most warps.
 TUNING = {
-    "norm": (4, 4), "residual": (4, 4), "rms": (4, 4), "taps": (8, 256, 4), "state": (64, 4, 2), "apply": (64, 8, 4, 2),
-    "depthwise": (64, 2, "pair"), "fp8": (2048, 8, 4),
+    "norm": (4, 4), "residual": (4, 4), "rms": (4, 4), "taps": (8, 256, 4), "keys": (4,), "state": (64, 4, 3), "apply": (64, 8, 4, 2),
+    "depthwise": (64, 2, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
 }
 # Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps.
 SMALLER = {"state": (32, 8, 2), "apply": (32, 16, 8, 2)}
@@ -38,11 +39,11 @@ def _kernels(name: str = "kernels"):
 
 def self_test(device: torch.device) -> None:
     """Build and run the smallest kernel; raises when that fails or gives a wrong value."""
-    x, out = torch.full((1, 16), 2.0, device=device), torch.zeros(1, device=device)
+    x, out = torch.full((1, 16), 2.0, device=device), torch.zeros(1, 16, device=device)
     with torch.cuda.device_of(x):
-        _kernels().rms_kernel[(1,)](x, x, out, 1, 16, 0.0, C=16, MAIN=16, REST=0, TOKENS=1, WHOLE=False, num_warps=4)
-    if abs(float(out) - 0.5) > 1e-6:
-        raise RuntimeError(f"a kernel gave {float(out)} instead of 0.5")
+        _kernels().rms_kernel[(1,)](x, x, out, 1, 16, 0.0, C=16, MAIN=16, REST=0, TOKENS=1, num_warps=4)
+    if bool((out - 2).abs().max() > 1e-6):
+        raise RuntimeError(f"a kernel gave {out.tolist()} instead of 2")
 
 
 def _block(n: int) -> int:
@@ -108,18 +109,14 @@ def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``reference.rms_norm``; one read, one write."""
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    _rms(x.flatten(0, -2), weight.contiguous(), out, eps, True)
-    return out
-
-
-def _rms(rows: Tensor, weight: Tensor, out: Tensor, eps: float, whole: bool) -> None:
-    """The norm of ``rows [N, C]`` (whole), or the inverse root alone (``[N]``), into ``out``."""
+    rows = x.flatten(0, -2)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     block, warps = TUNING["rms"]
     with torch.cuda.device_of(rows):
         _kernels().rms_kernel[(-(-rows.shape[0] // block),)](
-            rows, weight, out, rows.shape[0], rows.stride(0), eps, **_row(rows.shape[1]), TOKENS=block, WHOLE=whole,
+            rows, weight.contiguous(), out, rows.shape[0], rows.stride(0), eps, **_row(rows.shape[1]), TOKENS=block,
             num_warps=warps)
+    return out
 
 
 def linear_attention(
@@ -131,27 +128,30 @@ def linear_attention(
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim = width // heads
-    splits = -(-tokens // SPLIT_TOKENS)
+    splits, parts = -(-tokens // SPLIT_TOKENS), -(-tokens // KEY_TOKENS)
     new = {"device": qkv.device, "dtype": torch.float32}
-    inverse = torch.empty(batch, tokens, **new)
+    keys = torch.empty(batch, tokens, width, device=qkv.device, dtype=qkv.dtype)
     vk = torch.empty(batch, heads, splits, dim, dim, **new)
-    ksum = torch.empty(batch, heads, splits, dim, **new)
-    out = torch.empty(batch, tokens, width, device=qkv.device, dtype=qkv.dtype)
+    ksum = torch.empty(batch, parts, heads, dim, **new)
+    out = torch.empty_like(keys)
     kernels, half = _kernels("kernels_attention"), qkv.dtype == torch.bfloat16
-    words = qkv.view(torch.int32) if half else qkv
-    operand, sizes = _kernels().operand, {"WORDS": half, "D": dim, "BLOCK_D": _block(dim)}
-    rows, warps, stages = _setting("state", qkv)
+    words, key_words = (t.view(torch.int32) if half else t for t in (qkv, keys))
+    operand, block = _kernels().operand, max(_block(dim), 32)  # a product's two halves of a head have 16 channels or more
     with torch.cuda.device_of(qkv):
-        _rms(qkv[..., width:2 * width].flatten(0, 1), k_weight, inverse, norm_eps, False)
+        kernels.attention_keys_kernel[(parts, batch)](
+            qkv, words, k_weight, cos, sin, keys, key_words, ksum, tokens, norm_eps, WORDS=half,
+            HALF=dim // 2, **_row(width // 2), TOKENS=KEY_TOKENS, num_warps=TUNING["keys"][0])
+        rows, warps, stages = _setting("state", qkv)
         kernels.attention_state_kernel[(batch * heads, splits)](
-            qkv, words, inverse, k_weight, cos, sin, vk, ksum, tokens, heads, OPERAND=operand(qkv.dtype), **sizes,
-            ROWS=rows, STEPS=SPLIT_TOKENS // rows, num_warps=warps, num_stages=stages)
-        own = Contribution(vk.sum(2), ksum.sum(2)[:, :, None])
+            qkv, keys, vk, tokens, heads, OPERAND=operand(qkv.dtype), D=dim, BLOCK_D=block, ROWS=rows,
+            STEPS=SPLIT_TOKENS // rows, num_warps=warps, num_stages=stages)
+        own = Contribution(vk.sum(2), ksum.sum(1)[:, :, None])
         total = own if history is None else Contribution(own.vk + history.vk, own.ksum + history.ksum)
         rows, tiles, warps, stages = _setting("apply", qkv)
         kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
             qkv, words, q_weight, cos, sin, total.vk.contiguous().view(torch.int64), total.ksum.contiguous(), out, tokens,
-            heads, eps, OPERAND=operand(torch.float16), **sizes, ROWS=rows, TILES=tiles, num_warps=warps, num_stages=stages)
+            heads, eps, OPERAND=operand(torch.float16), WORDS=half, D=dim, BLOCK_D=block, ROWS=rows, TILES=tiles,
+            num_warps=warps, num_stages=stages)
     return out, own
 
 
@@ -187,6 +187,19 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     return taps, u.unflatten(1, (frames, -1))[:, -1:]
 
 
+def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``reference.row_fp8``; one read, one write."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty(x.shape, device=x.device, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(*x.shape[:-1], 1, device=x.device, dtype=torch.float32)
+    (block, most), sizes = TUNING["row_fp8"], _row(rows.shape[1])
+    with torch.cuda.device_of(rows):
+        _kernels().row_fp8_kernel[(-(-len(rows) // block),)](
+            rows, out, scale, len(rows), LIMIT=E4M3_MAX, **sizes, TOKENS=block,
+            num_warps=min(most, max(1, sizes["MAIN"] // 512)))
+    return out, scale
+
+
 def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """See ``reference.scaled_fp8``; x is read twice, the largest value is found in a fixed order."""
     x = x.contiguous()
@@ -217,4 +230,5 @@ def register(operators: dict) -> None:
     for function in (modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps):
         name = function.__name__
         operators[name].add("triton", function, Constraint(**needs, check=checks.get(name, one_dtype)))
+    operators["row_fp8"].add("triton", row_fp8, Constraint(**needs | {"capability": (8, 9)}))
     operators["scaled_fp8"].add("triton", scaled_fp8, Constraint(**needs | {"capability": (8, 9)}))

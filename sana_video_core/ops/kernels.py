@@ -90,16 +90,14 @@ def residual_norm_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def rms_kernel(
-    x, weight, out, tokens, stride, eps,
-    C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, WHOLE: tl.constexpr,
+    x, weight, out, tokens, stride, eps, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr,
 ):
-    """``1 / sqrt(mean(x^2) + eps)`` of each token into ``out [tokens]``; WHOLE: x times it times weight, ``[tokens, C]``."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` of every token."""
     a = tl.arange(0, MAIN)
     real_a = a < C
     b = MAIN + tl.arange(0, REST if REST else 1)
     real_b = b < C
-    if WHOLE:
-        weight_a, weight_b = _float(weight + a, real_a), _float(weight + b, real_b)
+    weight_a, weight_b = _float(weight + a, real_a), _float(weight + b, real_b)
     for i in range(TOKENS):
         token = (tl.program_id(0) * TOKENS + i).to(tl.int64)
         here = token < tokens
@@ -109,13 +107,10 @@ def rms_kernel(
             value_b = _float(x + token * stride + b, real_b & here)
             squares += tl.sum(value_b * value_b, 0)
         inverse = tl.rsqrt(squares / C + eps)
-        if WHOLE:
-            goal = out + token * C
-            tl.store(goal + a, (weight_a * (value_a * inverse)).to(out.dtype.element_ty), mask=real_a & here)
-            if REST:
-                tl.store(goal + b, (weight_b * (value_b * inverse)).to(out.dtype.element_ty), mask=real_b & here)
-        else:
-            tl.store(out + token, inverse, mask=here)
+        goal = out + token * C
+        tl.store(goal + a, (weight_a * (value_a * inverse)).to(out.dtype.element_ty), mask=real_a & here)
+        if REST:
+            tl.store(goal + b, (weight_b * (value_b * inverse)).to(out.dtype.element_ty), mask=real_b & here)
 
 
 @triton.jit(do_not_specialize=["frames", "size"])
@@ -150,6 +145,12 @@ def temporal_taps_kernel(
         tl.store(goal + 2 * C, nothing, mask=inside)
 
 
+@triton.jit
+def _cut(value, LIMIT: tl.constexpr):
+    """``value`` within the limits; NaN stays NaN."""
+    return tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))
+
+
 @triton.jit(do_not_specialize=["count"])
 def largest_kernel(x, out, count, VALUES: tl.constexpr, TILES: tl.constexpr):
     """The largest size of TILES tiles of VALUES values into ``out [programs]`` float32; NaN where there is one."""
@@ -167,6 +168,30 @@ def scale_kernel(x, scale, out, count, LIMIT: tl.constexpr, VALUES: tl.constexpr
     """``x / scale`` cut at the limits of ``out``'s type; a NaN stays one."""
     at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     inside = at < count
-    value = tl.div_rn(_float(x + at, inside), tl.load(scale))
-    value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))
+    value = _cut(tl.div_rn(_float(x + at, inside), tl.load(scale)), LIMIT)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def row_fp8_kernel(
+    x, out, scale, tokens, LIMIT: tl.constexpr, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr,
+):
+    """Every token over its largest size, times LIMIT, in ``out``'s type, and the factor that undoes it."""
+    a = tl.arange(0, MAIN)
+    b = MAIN + tl.arange(0, REST if REST else 1)
+    real_a, real_b = a < C, b < C
+    for i in range(TOKENS):
+        token = (tl.program_id(0) * TOKENS + i).to(tl.int64)
+        here = token < tokens
+        start = token * C
+        value_a = _float(x + start + a, real_a & here)
+        most, broken = tl.max(tl.abs(value_a), 0), tl.sum((value_a != value_a).to(tl.int32), 0)  # a maximum drops NaN
+        if REST:
+            value_b = _float(x + start + b, real_b & here)
+            most = tl.maximum(most, tl.max(tl.abs(value_b), 0))
+            broken += tl.sum((value_b != value_b).to(tl.int32), 0)
+        factor = tl.where(broken > 0, float("nan"), tl.where(most == 0, 1.0, tl.div_rn(most, LIMIT * 1.0)))
+        tl.store(scale + token, factor, mask=here)
+        tl.store(out + start + a, _cut(tl.div_rn(value_a, factor), LIMIT).to(out.dtype.element_ty), mask=real_a & here)
+        if REST:
+            tl.store(out + start + b, _cut(tl.div_rn(value_b, factor), LIMIT).to(out.dtype.element_ty), mask=real_b & here)

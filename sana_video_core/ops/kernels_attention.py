@@ -1,4 +1,4 @@
-"""Triton kernels of the linear attention: the sums over tokens, and their application.
+"""Triton kernels of the linear attention: the keys, the sums over tokens, and their application.
 
 Import only where Triton is there; called by ``fused.py``. A rotation turns adjacent channels, so a head is read as pairs: the
 first channels of all pairs in one register tile, the second ones in another. The products run over the two tiles one after the
@@ -37,47 +37,98 @@ def _rotated(a, b, cos, sin, n, j, inside, HALF: tl.constexpr):
     return a * c - b * s, a * s + b * c
 
 
+@triton.jit
+def _bfloat_word(first, second):
+    """Two float32 values as the bfloat16 halves of one word."""
+    low = first.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (second.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _put_keys(keys, key_words, goal, a, b, turn_c, turn_s, inside, WORDS: tl.constexpr):
+    """Store the pairs ``(a, b)`` turned."""
+    a, b = a * turn_c - b * turn_s, a * turn_s + b * turn_c
+    if WORDS:
+        tl.store(key_words + goal, _bfloat_word(a, b), mask=inside)
+    else:
+        tl.store(keys + 2 * goal, a.to(keys.dtype.element_ty), mask=inside)
+        tl.store(keys + 2 * goal + 1, b.to(keys.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def attention_keys_kernel(
+    qkv, words, weight, cos, sin, keys, key_words, ksum, tokens, eps, WORDS: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr,
+):
+    """The rotated keys ``[tokens, C pairs]`` of every token, and the sum of the unrotated ones over TOKENS tokens.
+
+    A program holds all heads of a token (pairs as MAIN and REST, see ``kernels.py``): the key norm needs them, and the rotary
+    table of HALF pairs is read once instead of once a head.
+    """
+    p = tl.arange(0, MAIN)
+    r = MAIN + tl.arange(0, REST if REST else 1)
+    real_p, real_r = p < C, r < C
+    batch = tl.program_id(1).to(tl.int64)
+    gain_a, gain_b = _both(weight, p, real_p)
+    sum_a, sum_b = tl.zeros((MAIN,), tl.float32), tl.zeros((MAIN,), tl.float32)
+    if REST:
+        more_gain_a, more_gain_b = _both(weight, r, real_r)
+        more_a, more_b = tl.zeros((REST,), tl.float32), tl.zeros((REST,), tl.float32)
+    for i in range(TOKENS):
+        n = tl.program_id(0) * TOKENS + i
+        here = n < tokens
+        token, turn = batch * tokens + n, n * HALF
+        a, b = _pairs(qkv, words, (token * 3 + 1) * C + p, real_p & here, WORDS)
+        squares = tl.sum(a * a + b * b, 0)
+        if REST:
+            e, f = _pairs(qkv, words, (token * 3 + 1) * C + r, real_r & here, WORDS)
+            squares += tl.sum(e * e + f * f, 0)
+        inverse = tl.rsqrt(squares / (2 * C) + eps)
+        a, b = tl.maximum(a * inverse * gain_a, 0.0), tl.maximum(b * inverse * gain_b, 0.0)
+        sum_a += a
+        sum_b += b
+        c = tl.load(cos + turn + p % HALF, mask=real_p & here, other=0.0)
+        s = tl.load(sin + turn + p % HALF, mask=real_p & here, other=0.0)
+        _put_keys(keys, key_words, token * C + p, a, b, c, s, real_p & here, WORDS)
+        if REST:
+            e, f = tl.maximum(e * inverse * more_gain_a, 0.0), tl.maximum(f * inverse * more_gain_b, 0.0)
+            more_a += e
+            more_b += f
+            c = tl.load(cos + turn + r % HALF, mask=real_r & here, other=0.0)
+            s = tl.load(sin + turn + r % HALF, mask=real_r & here, other=0.0)
+            _put_keys(keys, key_words, token * C + r, e, f, c, s, real_r & here, WORDS)
+    total = ksum + (batch * tl.num_programs(0) + tl.program_id(0)) * 2 * C
+    tl.store(total + 2 * p, sum_a, mask=real_p)
+    tl.store(total + 2 * p + 1, sum_b, mask=real_p)
+    if REST:
+        tl.store(total + 2 * r, more_a, mask=real_r)
+        tl.store(total + 2 * r + 1, more_b, mask=real_r)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_state_kernel(
-    qkv, words, inverse, weight, cos, sin, vk, ksum, tokens, heads, OPERAND: tl.constexpr, WORDS: tl.constexpr,
+    qkv, keys, vk, tokens, heads, OPERAND: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):
-    """Partial sums over one split (ROWS * STEPS tokens) of one head: v k'^T ``[D, D]`` (rotated keys) and the keys ``[D]``.
+    """Partial sum v k'^T ``[D, D]`` over one split (ROWS * STEPS tokens) of one head; k' are rotated keys.
 
-    Heads come first in the grid, so that what runs at one time reads whole tokens and shares the rotary table.
+    Heads come first in the grid, so that what runs at one time reads whole tokens.
     """
-    HALF: tl.constexpr = D // 2
-    HALF_BLOCK: tl.constexpr = BLOCK_D // 2
     row, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, head = (row // heads).to(tl.int64), row % heads
     width = heads * D
-    d, j = tl.arange(0, BLOCK_D), tl.arange(0, HALF_BLOCK)
-    real, whole = d < D, j < HALF
-    gain_a, gain_b = _both(weight + head * D, j, whole)
-    state_a, state_b = tl.zeros((BLOCK_D, HALF_BLOCK), tl.float32), tl.zeros((BLOCK_D, HALF_BLOCK), tl.float32)
-    keys_a, keys_b = tl.zeros((HALF_BLOCK,), tl.float32), tl.zeros((HALF_BLOCK,), tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    real = d < D
+    state = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     for step in range(STEPS):
         n = (split * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        valid = n < tokens
-        token = (batch * tokens + n)[:, None] * 3
-        inside = valid[:, None] & whole[None, :]
-        a, b = _pairs(qkv, words, ((token + 1) * width + head * D) // 2 + j[None, :], inside, WORDS)
-        r = tl.load(inverse + batch * tokens + n, mask=valid, other=0.0)[:, None]
-        a, b = tl.maximum(a * r * gain_a[None, :], 0.0), tl.maximum(b * r * gain_b[None, :], 0.0)
-        keys_a += tl.sum(a, 0)
-        keys_b += tl.sum(b, 0)
-        a, b = _rotated(a, b, cos, sin, n, j, inside, HALF)
-        v = tl.load(qkv + (token + 2) * width + head * D + d[None, :], mask=valid[:, None] & real[None, :], other=0.0)
-        v = tl.trans(v.to(OPERAND))
-        state_a = tl.dot(v, a.to(OPERAND), state_a, input_precision="ieee")
-        state_b = tl.dot(v, b.to(OPERAND), state_b, input_precision="ieee")
+        token = (batch * tokens + n)[:, None]
+        inside = (n < tokens)[:, None] & real[None, :]
+        k = tl.load(keys + token * width + head * D + d[None, :], mask=inside, other=0.0)
+        v = tl.load(qkv + (token * 3 + 2) * width + head * D + d[None, :], mask=inside, other=0.0)
+        state = tl.dot(tl.trans(v.to(OPERAND)), k.to(OPERAND), state, input_precision="ieee")
     place = row.to(tl.int64) * splits + split
-    square = vk + place * D * D + d[:, None] * D + 2 * j[None, :]
-    kept = real[:, None] & whole[None, :]
-    tl.store(square, state_a, mask=kept)
-    tl.store(square + 1, state_b, mask=kept)
-    tl.store(ksum + place * D + 2 * j, keys_a, mask=whole)
-    tl.store(ksum + place * D + 2 * j + 1, keys_b, mask=whole)
+    tl.store(vk + place * D * D + d[:, None] * D + d[None, :], state, mask=real[:, None] & real[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])

@@ -64,6 +64,9 @@ _temporal_taps = _define(
     lambda u, frames, tail: fused.temporal_taps(u, frames, tail)[0],
     lambda u, frames, tail: u.new_empty(u.shape[0], u.shape[1], 3 * u.shape[2]))
 
+_row_fp8 = _define(
+    "row_fp8(Tensor x) -> (Tensor, Tensor)", fused.row_fp8,
+    lambda x: (x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)))
 _scaled_fp8 = _define(
     "scaled_fp8(Tensor x) -> (Tensor, Tensor)", fused.scaled_fp8,
     lambda x: (x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((), dtype=torch.float32)))
@@ -102,12 +105,17 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     return _temporal_taps(u, frames, tail), u.unflatten(1, (frames, -1))[:, -1:]
 
 
+def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _row_fp8(x)
+
+
 def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return _scaled_fp8(x)
 
 
 COMPILED = (
-    modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps, scaled_fp8)
+    modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps, row_fp8,
+    scaled_fp8)
 
 
 def register(operators: dict) -> None:

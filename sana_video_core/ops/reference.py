@@ -142,6 +142,16 @@ def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
+def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x / scale`` in E4M3 and float32 scales ``[..., 1]``, one for each row: its largest value becomes the format's largest.
+
+    1 for a row of zeros; a row with a NaN has the scale NaN.
+    """
+    largest = x.float().abs().amax(-1, keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest / E4M3_MAX)
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
 def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gather each token's three neighbours in time for the 3-tap temporal convolution (causal spec 2).
 

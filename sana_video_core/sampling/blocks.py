@@ -111,10 +111,13 @@ def caption_key(condition: Condition, cfg: float = 1.0) -> str:
 
 
 def rows_of(condition: Condition, batch: int, cfg: float, device) -> Caption:
-    """The text rows of one network call: one a video, or [negative, positive] with CFG (padded to one length)."""
+    """The text rows of one network call: one a video, or [negative, positive] with CFG (padded to one length).
+
+    Masks stay on the CPU: the network counts valid tokens there without a wait for the device.
+    """
     positive = caption_batch(condition.positive, batch)
     if cfg == 1:
-        return Caption(*(None if t is None else t.to(device) for t in positive))
+        return Caption(positive.embedding.to(device), None if positive.mask is None else positive.mask.cpu())
     if condition.negative is None:
         raise SanaVideoError("CFG needs a negative prompt", found=f"CFG {cfg:g} and none",
                              action="Connect the negative conditioning (it may be an empty text), or set CFG to 1")
@@ -122,10 +125,10 @@ def rows_of(condition: Condition, batch: int, cfg: float, device) -> Caption:
     length = max(c.embedding.shape[1] for c in halves)
     embeddings, masks = [], []
     for embedding, mask in halves:
-        mask = torch.ones(embedding.shape[:2], dtype=torch.bool, device=embedding.device) if mask is None else mask.bool()
+        mask = torch.ones(embedding.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
         missing = length - embedding.shape[1]
         embeddings.append(torch.nn.functional.pad(embedding, (0, 0, 0, missing)).to(device))
-        masks.append(torch.nn.functional.pad(mask, (0, missing)).to(device))
+        masks.append(torch.nn.functional.pad(mask, (0, missing)))
     return Caption(torch.cat(embeddings), torch.cat(masks))
 
 
@@ -141,27 +144,55 @@ def denoise_block(
     batch, total = shape[0], rows.embedding.shape[0]
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
-        times = torch.as_tensor(time, dtype=torch.float32, device=device).expand(total)
+        times = torch.full((total,), float(time), device=device)  # a copy from the CPU would wait for the device
         latent = x if total == batch else torch.cat((x, x))
         v = model(latent, times, rows.embedding, rows.mask, state=state)
         if total != batch:
             return guided(*v.chunk(2), recipe.cfg)
         return v if parity else v.float()
 
-    start = noise(0).to(device)
+    start = on_device(noise(0), device)
     if recipe.steps:
         return few_step_solver(velocity, start, recipe.steps, lambda step: noise(step + 1), callback).float()
     levels = torch.tensor(recipe.sigmas, dtype=torch.float32)
     return SOLVERS[recipe.solver](lambda x, sigma: velocity(x, TIME_SCALE * sigma).to(x.dtype), start, levels, callback).float()
 
 
+def on_device(t: Tensor, device) -> Tensor:
+    """``t`` on ``device``; on its way from the CPU to a card it does not wait for the work there."""
+    if t.device.type != "cpu" or torch.device(device).type != "cuda":
+        return t.to(device)
+    return (t if t.is_pinned() else t.pin_memory()).to(device, non_blocking=True)
+
+
+class _Finite:
+    """Whether all ``tensors`` hold numbers only. Asking waits until they are made, and for nothing queued after them."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.answer, self.known = torch.stack([torch.isfinite(t).all() for t in tensors]).all(), None
+        if self.answer.is_cuda:
+            self.answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.answer, non_blocking=True)
+            self.known = torch.cuda.Event()
+            self.known.record()
+
+    def __bool__(self) -> bool:
+        if self.known is not None:
+            self.known.synchronize()
+        return bool(self.answer)
+
+
 class _Run:
-    """One call of :func:`sample_blocks`: what stays the same from block to block."""
+    """One call of :func:`sample_blocks`: what stays the same from block to block.
+
+    A card is kept busy: whether values are numbers is asked one step later (:meth:`doubt`, :meth:`settle`), and the noise of
+    the next block is made while the card commits the last one.
+    """
 
     def __init__(self, model, spec: ModelSpec, recipe: Recipe, batch: int, size, noise: Noise, device, parity: bool,
                  recompute: bool, on_step: StepHook | None):
         self.model, self.spec, self.recipe, self.batch, self.size = model, spec, recipe, batch, size
-        self.noise, self.device, self.parity, self.recompute, self.on_step = noise, device, parity, recompute, on_step
+        self.device, self.parity, self.recompute, self.on_step = device, parity, recompute, on_step
+        self._draw, self._ready, self._doubt = noise, {}, None
 
     def texts(self, condition: Condition) -> tuple[Caption, str]:
         return rows_of(condition, self.batch, self.recipe.cfg, self.device), caption_key(condition, self.recipe.cfg)
@@ -183,18 +214,41 @@ class _Run:
         if latent.shape[0] != rows.embedding.shape[0]:
             latent = torch.cat((latent, latent))
         state = self.model.absorb(latent, rows.embedding, rows.mask, state=state)
-        if not all(bool(torch.isfinite(t).all()) for layer in state.layers for t in layer):
-            raise SanaVideoError(f"Block {index + 1} left values in the state that are not numbers",
-                                 action="Run the model in bf16 or fp32 with unchanged weights; the blocks before are intact")
+        self.doubt([t for layer in state.layers for t in layer], SanaVideoError(
+            f"Block {index + 1} left values in the state that are not numbers",
+            action="Run the model in bf16 or fp32 with unchanged weights; the blocks before are intact"))
         return state
 
+    def doubt(self, tensors: Sequence[Tensor], error: SanaVideoError) -> None:
+        """Raise ``error`` unless ``tensors`` hold numbers: on a CPU now, on a card when the next doubt or settle comes."""
+        self.settle()
+        self._doubt = _Finite(tensors), error
+        if self.device.type != "cuda":
+            self.settle()
+
+    def settle(self) -> None:
+        doubt, self._doubt = self._doubt, None
+        if doubt is not None and not doubt[0]:
+            raise doubt[1]
+
+    def noise(self, index: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        ready = self._ready.pop((index, step), None)
+        return on_device(self._draw(index, step, shape) if ready is None else ready, self.device)
+
+    def prepare(self, span: Span) -> None:
+        """Make the first noise of a block that is to come; it stays on the CPU, so that the card's memory does not grow."""
+        if self.device.type == "cuda":
+            self._ready = {(span.index, 0): self._draw(span.index, 0, self.shape(span))}
+
+    def shape(self, span: Span) -> tuple[int, ...]:
+        return self.batch, self.spec.channels, span.frames * self.spec.patch[0], *self.size
+
     def block(self, span: Span, rows: Caption, state: RecurrentState) -> Tensor:
-        shape = (self.batch, self.spec.channels, span.frames * self.spec.patch[0], *self.size)
+        shape = self.shape(span)
 
         def callback(step: int, x0: Tensor, x: Tensor) -> None:
-            if not bool(torch.isfinite(x0).all()):
-                raise SanaVideoError(f"Block {span.index + 1} became values that are not numbers in step {step + 1}",
-                                     action="Run the model in bf16 or fp32; the blocks before are intact")
+            self.doubt([x0], SanaVideoError(f"Block {span.index + 1} became values that are not numbers in step {step + 1}",
+                                            action="Run the model in bf16 or fp32; the blocks before are intact"))
             if self.on_step is not None:
                 self.on_step(span.index, step, self.recipe.count, x0)
 
@@ -253,6 +307,9 @@ def sample_blocks(
         if spans or commit_last:
             with torch.no_grad():
                 after = state = run.commit(latent.detach(), texts, state, span.index)._replace(caption=key)
+        if spans:
+            run.prepare(spans[0])
+        run.settle()
         block = Block(span.index, span.start, latent, after)
         del latent, texts
         yield block
@@ -284,6 +341,7 @@ def prefill(
             state = run.switch(span, state, texts, key)
             piece = latent[:, :, span.start - plan.start:span.end - plan.start].float()
             state = run.commit(piece, texts, state, span.index)._replace(caption=key)
+            run.settle()
             if on_block is not None:
                 on_block(n + 1, len(plan.lengths))
     return state

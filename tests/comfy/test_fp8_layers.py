@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from comfygraphs import relative
 from test_lowbit import SAME, load, quantised, tiny
@@ -27,6 +28,31 @@ def test_fp8_inputs_beyond_the_range_of_the_format_are_not_cut(world):
         assert found.shape == (2, 5, 128) and 0 < relative(found, exact) < 0.04
         layer.input_scale = torch.nn.Parameter(torch.tensor(1.0), requires_grad=False)  # core's way: cut at 448
         assert relative(layer(x), exact) > 0.5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_scale_for_every_row(world, monkeypatch, compiled):
+    """Rows of very different size keep their own precision, which one scale for all of them would take."""
+    layer = fp8_layer(world).to(torch.bfloat16)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x *= torch.tensor([1e-6, 1e-3, 1.0, 1e3, 1e5]).bfloat16()[:, None]
+    exact = torch.nn.functional.linear(x.float(), layer.weight.dequantize().float()) + layer.bias.float()
+    run = torch.compile(layer, backend="eager") if compiled else layer
+    with torch.inference_mode():
+        together = layer(x)
+        monkeypatch.setattr(ip.pack_module("nodes.fp8_layers"), "multiplies_rows", lambda device: True)
+        apart = run(x)
+    assert apart.shape == (2, 5, 128) and apart.dtype == torch.bfloat16
+    assert all(relative(apart[:, row], exact[:, row]) < 0.05 for row in range(5))
+    assert relative(together[:, 2], exact[:, 2]) > 0.05
+
+
+def test_a_device_without_such_products_is_found_out():
+    layers = ip.pack_module("nodes.fp8_layers")
+    assert layers.multiplies_rows(torch.device("cpu")) is False  # it has them, and they are slow
+    x = torch.randn(16, 32).to(torch.float8_e4m3fn)
+    found = layers.row_product(x, torch.arange(16.0)[:, None], x, torch.tensor(0.5), None, torch.bfloat16)
+    assert relative(found, torch.arange(16.0)[:, None] * 0.5 * (x.float() @ x.float().T)) < 0.01
 
 
 def test_who_gets_a_scaled_input(world):

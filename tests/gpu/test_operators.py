@@ -120,13 +120,14 @@ def test_gated_depthwise(case):
         close_enough(*depthwise_call(seed))
 
 
+@pytest.mark.parametrize("name", ["scaled_fp8", "row_fp8"])
 @pytest.mark.parametrize("case", range(CASES))
-def test_scaled_fp8(case):
+def test_fp8(case, name):
     assert torch.cuda.get_device_capability() >= (8, 9), "this card has no E4M3"
     for seed in range(case * DRAWS, (case + 1) * DRAWS):
         x = streaming_calls(seed)[0][1][0] * 10.0 ** (seed % 7 - 3)
         poison(x)
-        (found, scale), (expected, truth) = fused.scaled_fp8(x), reference.scaled_fp8(x)
+        (found, scale), (expected, truth) = getattr(fused, name)(x), getattr(reference, name)(x)
         assert torch.equal(scale, truth) and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 

@@ -64,6 +64,10 @@ def network_calls(fused) -> None:
     for tail in (None, new(1, 1, 1560, width)):
         fused.temporal_taps(x, 21, tail)
     fused.scaled_fp8(x)
+    fused.row_fp8(x)
+    fused.row_fp8(new(1, tokens, hidden))
+    table = [new(60, 8, dtype=torch.float32)] * 2
+    fused.linear_attention(new(1, 60, 3 * 48), new(48), new(48), *table, 3)  # heads of 16 channels
 
 
 def decoder_calls(frames_fused) -> None:

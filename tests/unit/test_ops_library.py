@@ -35,7 +35,8 @@ def arguments() -> dict[str, list[tuple]]:
         "residual_norm": [(x, y, shift, scale)], "rms_norm": [(x, weight, 1e-6), (qkv[..., :WIDTH], weight, 1e-6)],
         "linear_attention": [(qkv, weight, weight, *table, HEADS), (qkv, weight, weight, *table, HEADS, history)],
         "gated_depthwise": [(x, noise(WIDTH, 1, 3, 3), bias, GRID[1:]) for bias in (None, weight)],
-        "temporal_taps": [(x, GRID[0]), (x, GRID[0], noise(BATCH, 1, 6, WIDTH))], "scaled_fp8": [(x,), (x.transpose(1, 2),)],
+        "temporal_taps": [(x, GRID[0]), (x, GRID[0], noise(BATCH, 1, 6, WIDTH))], "row_fp8": [(x,), (x.transpose(1, 2),)],
+        "scaled_fp8": [(x,), (x.transpose(1, 2),)],
     }
 
 
