@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -32,5 +31,4 @@ def main(arguments: list[str]) -> int:
         return 2
     # ComfyUI's nodes.py must not be hidden by our nodes/ in the benchmarks that import both.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    os.environ.setdefault("SANA_VIDEO_FUSED_VAE", "1")  # what has not run on a card yet is measured here
     return import_module(f".{arguments[0]}", __package__).main(arguments[1:]) or 0

@@ -68,7 +68,7 @@ def film_stamp(name: object) -> list:
 class NativeStream:
     """ComfyUI's Wan VAE as the core's :class:`~sana_video_core.film.Decoder`.
 
-    The fused decoder runs where it can and has been asked for. ComfyUI's own must get one latent frame first and two or more in
+    The fused decoder runs where it can. ComfyUI's own must get one latent frame first and two or more in
     every later call (vae/text spec 1.7): a single frame at the end of a block is decoded together with a copy of itself, and
     once more, dropped, in front of the next block.
     """

@@ -1,4 +1,4 @@
-"""ComfyUI's Wan VAE through the core's decoder of operators: on a CPU, and where it is asked for on a CUDA card in bfloat16.
+"""ComfyUI's Wan VAE through the core's decoder of operators: on a CPU in float32, on a CUDA card in bfloat16.
 
 The VAE object stays ComfyUI's. It chooses the precision (``vae_dtype``: bfloat16 where the card has it; with --fp32-vae or
 --fp16-vae its own modules decode), and its memory management makes room before every call. The fused decoder reads the weights

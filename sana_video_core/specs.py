@@ -98,7 +98,7 @@ _MINI = ModelSpec(
     channels=16, patch=(1, 2, 2), caption_channels=128, vae=WAN21, size=(160, 96), frames=81,
     flow_shift=3.0, cfg=3.0, steps=20,
 )
-# Not distilled: fresh noise at every step lets eight steps with little guidance do (judged, see the CHANGELOG).
+# Distilled to four steps without guidance on its own films (train/distill.py).
 _MINI_LONG = replace(_MINI, name="sana-video-mini-long", causal=True, flow_shift=6.0, steps=4, cfg=1.0)
 
 SPECS: dict[str, ModelSpec] = {s.name: s for s in (_2B_480P, _2B_720P, _LONGSANA, _V2_5B, _MINI, _MINI_LONG)}

@@ -43,7 +43,8 @@ class Context(NamedTuple):
 def valid_lengths(mask: Tensor | None) -> tuple[int, ...] | None:
     """Valid text tokens of each row when they come first in every row, else None (then the mask does the work).
 
-    One wait for the device unless the mask is on the CPU; left out where it would break a compiled graph or split a training batch.
+    One wait for the device unless the mask is on the CPU; left out where it would break a compiled graph or split a batch
+    of training.
     """
     if mask is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
@@ -206,13 +207,13 @@ class MixFFN(nn.Module):
         """``[B, N, C]`` -> the two parts whose sum is the output, and this block's tail ``[B, 1, S, C]``."""
         frames, height, width = grid
         hidden = 2 * self.point_conv.conv.in_features
-        frame_bytes = x.shape[0] * height * width * hidden * x.element_size()
+        frame_bytes = height * width * hidden * x.element_size()
         group = max(1, FFN_PASS_BYTES // frame_bytes)
-        if group >= frames or torch.is_grad_enabled():
+        if group >= len(x) * frames or torch.is_grad_enabled():
             u = self.spatial(x, (height, width))
-        else:
-            pieces = x.unflatten(1, (frames, -1)).split(group, 1)
-            u = torch.cat([self.spatial(p.flatten(1, 2), (height, width)) for p in pieces], 1)
+        else:  # frames of all rows one after the other: a piece is then one matrix, and its bias goes into the product
+            pieces = x.reshape(1, -1, x.shape[-1]).split(group * height * width, 1)
+            u = torch.cat([self.spatial(p, (height, width)) for p in pieces], 1).view_as(x)
         taps, own_tail = ops.temporal_taps(u, frames, tail)
         return u, self.t_conv(taps), own_tail
 

@@ -1,7 +1,7 @@
 """The video file of a film, which grows block by block and can be played at any time.
 
-Every block becomes one fragment of an MP4 (H.264, made by an encoder of its own with a fixed number of threads: the same pixels
-always give the same bytes), kept in ``block_0007.mp4``; ``film.mp4`` is the first one's header and all fragments in a row, so appending a block
+Every block becomes one fragment of an MP4 (H.264, made by an encoder of its own: the same pixels always give the same bytes),
+kept in ``block_0007.mp4``; ``film.mp4`` is the first one's header and all fragments in a row, so appending a block
 never touches what is there. A finished film is copied, without encoding again, into an ordinary seekable MP4. After a resume
 the decoder's memory is built again exactly from the last latents. Needs PyAV, which ComfyUI brings. Not covered: sound.
 """

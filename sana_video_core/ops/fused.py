@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from .fused_torch import has_weight, one_dtype
-from .reference import ATTENTION_EPS, E4M3_MAX, Contribution
+from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, e4m3_scale
 from .registry import Constraint
 
 SPLIT_TOKENS, KEY_TOKENS = 1024, 16  # tokens a program sums; by shape alone, so that a sum does not depend on the card
-# Launch settings. depthwise was timed on an H200 (bench/probe.py); state and apply were chosen by the compiler's report of
-# registers, the rest are guesses. norm, residual, rms: tokens a program, warps; taps: tokens, channels, warps; keys: warps; state: tokens,
-# warps, stages; apply: tokens, tiles, warps, stages; depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps;
-# row_fp8: tokens, most warps.
+# Launch settings, the fastest of those that bench/probe.py tries on an H200. norm, residual, rms, row_fp8: tokens a program,
+# warps (row_fp8: at most); taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages; apply: tokens, tiles,
+# warps, stages; depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
 TUNING = {
-    "norm": (4, 4), "residual": (4, 4), "rms": (4, 4), "taps": (8, 256, 4), "keys": (4,), "state": (64, 4, 3), "apply": (64, 8, 4, 2),
-    "depthwise": (64, 2, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
+    "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (2,), "state": (64, 4, 2),
+    "apply": (64, 8, 4, 2), "depthwise": (64, 2, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
 }
 # Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps.
 SMALLER = {"state": (32, 8, 2), "apply": (32, 16, 8, 2)}
@@ -195,7 +194,7 @@ def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     (block, most), sizes = TUNING["row_fp8"], _row(rows.shape[1])
     with torch.cuda.device_of(rows):
         _kernels().row_fp8_kernel[(-(-len(rows) // block),)](
-            rows, out, scale, len(rows), LIMIT=E4M3_MAX, **sizes, TOKENS=block,
+            rows, out, scale, len(rows), LIMIT=E4M3_MAX, LEAST=E4M3_LEAST, **sizes, TOKENS=block,
             num_warps=min(most, max(1, sizes["MAIN"] // 512)))
     return out, scale
 
@@ -209,8 +208,8 @@ def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(x):
         _kernels().largest_kernel[(len(largest),)](x, largest, count, VALUES=values, TILES=tiles, num_warps=warps)
         most = largest.amax()
-        scale = torch.where(most == 0, 1.0, most / E4M3_MAX)
-        _kernels().scale_kernel[(-(-count // values),)](x, scale, out, count, LIMIT=E4M3_MAX, VALUES=values, num_warps=warps)
+        scale, inverse = e4m3_scale(most)
+        _kernels().scale_kernel[(-(-count // values),)](x, inverse, out, count, LIMIT=E4M3_MAX, VALUES=values, num_warps=warps)
     return out, scale
 
 

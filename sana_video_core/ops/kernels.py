@@ -164,19 +164,20 @@ def largest_kernel(x, out, count, VALUES: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def scale_kernel(x, scale, out, count, LIMIT: tl.constexpr, VALUES: tl.constexpr):
-    """``x / scale`` cut at the limits of ``out``'s type; a NaN stays one."""
+def scale_kernel(x, inverse, out, count, LIMIT: tl.constexpr, VALUES: tl.constexpr):
+    """``x * inverse`` cut at the limits of ``out``'s type; a NaN stays one."""
     at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     inside = at < count
-    value = _cut(tl.div_rn(_float(x + at, inside), tl.load(scale)), LIMIT)
+    value = _cut(_float(x + at, inside) * tl.load(inverse), LIMIT)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def row_fp8_kernel(
-    x, out, scale, tokens, LIMIT: tl.constexpr, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr,
+    x, out, scale, tokens, LIMIT: tl.constexpr, LEAST: tl.constexpr,
+    C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr,
 ):
-    """Every token over its largest size, times LIMIT, in ``out``'s type, and the factor that undoes it."""
+    """Every token over its largest size (LEAST or more), times LIMIT, in ``out``'s type, and the factor that undoes it."""
     a = tl.arange(0, MAIN)
     b = MAIN + tl.arange(0, REST if REST else 1)
     real_a, real_b = a < C, b < C
@@ -190,8 +191,9 @@ def row_fp8_kernel(
             value_b = _float(x + start + b, real_b & here)
             most = tl.maximum(most, tl.max(tl.abs(value_b), 0))
             broken += tl.sum((value_b != value_b).to(tl.int32), 0)
-        factor = tl.where(broken > 0, float("nan"), tl.where(most == 0, 1.0, tl.div_rn(most, LIMIT * 1.0)))
-        tl.store(scale + token, factor, mask=here)
-        tl.store(out + start + a, _cut(tl.div_rn(value_a, factor), LIMIT).to(out.dtype.element_ty), mask=real_a & here)
+        most = tl.where(broken > 0, float("nan"), tl.maximum(most, LEAST))
+        tl.store(scale + token, most * (1 / LIMIT), mask=here)
+        inverse = tl.div_rn(1.0, most) * LIMIT
+        tl.store(out + start + a, _cut(value_a * inverse, LIMIT).to(out.dtype.element_ty), mask=real_a & here)
         if REST:
-            tl.store(out + start + b, _cut(tl.div_rn(value_b, factor), LIMIT).to(out.dtype.element_ty), mask=real_b & here)
+            tl.store(out + start + b, _cut(value_b * inverse, LIMIT).to(out.dtype.element_ty), mask=real_b & here)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTENTION_EPS = 1e-8  # of the linear attention's denominator (model spec 1.7)
-E4M3_MAX = 448.0
+E4M3_MAX, E4M3_LEAST = 448.0, 1e-30  # the format's largest value; the smallest largest value that a scale is made for
 
 
 class Contribution(NamedTuple):
@@ -135,21 +135,26 @@ def gated_depthwise(
 def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x / scale`` in E4M3 and its float32 scale ``[]``, one for all of x: the largest value becomes the format's largest.
 
-    1 for a tensor of zeros. A value that is not finite makes the scale NaN or infinite, and every product with it NaN.
+    A NaN makes the scale NaN and an infinite value makes it infinite, and every product with it NaN.
     """
-    largest = x.abs().amax().float()
-    scale = torch.where(largest == 0, 1.0, largest / E4M3_MAX)
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+    return _e4m3(x.float(), x.abs().amax().float())
 
 
 def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x / scale`` in E4M3 and float32 scales ``[..., 1]``, one for each row: its largest value becomes the format's largest.
+    """As :func:`scaled_fp8` with a scale for each row, ``[..., 1]``."""
+    return _e4m3(x.float(), x.abs().amax(-1, keepdim=True).float())
 
-    1 for a row of zeros; a row with a NaN has the scale NaN.
-    """
-    largest = x.float().abs().amax(-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / E4M3_MAX)
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+def _e4m3(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Products only, which round the same everywhere: torch divides by a number in another way on a card than on a CPU."""
+    scale, inverse = e4m3_scale(largest)
+    return (x * inverse).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def e4m3_scale(largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale that goes with a largest size, and its inverse; float32."""
+    largest = largest.clamp(min=E4M3_LEAST)
+    return largest * (1 / E4M3_MAX), largest.reciprocal() * E4M3_MAX
 
 
 def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:

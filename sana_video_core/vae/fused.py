@@ -1,16 +1,14 @@
 """The Wan 2.1 decoder as the operators of ``ops/frames.py`` in a row, channels last all the way.
 
-On a CPU in float32, a latent frame a pass; on a CUDA card in bfloat16 several of them, which has not run on a card yet and so
-waits for :data:`TRIAL`. Works on any module tree with the official names (the core's ``WanVAE``,
-ComfyUI's), whose weights it copies or views in the layout of the operators. Every latent frame sees what it would see alone,
-and the cache holds what the plain decoder's holds, so a video may change between the two at any latent frame.
-:data:`stream_latents` chooses; elsewhere it is the plain decoder, bit for bit.
+On a CPU in float32, a latent frame a pass; on a CUDA card in bfloat16 several of them. Works on any module tree with the
+official names (the core's ``WanVAE``, ComfyUI's), whose weights it copies or views in the layout of the operators. Every
+latent frame sees what it would see alone, and the cache holds what the plain decoder's holds, so a video may change between
+the two at any latent frame. :data:`stream_latents` chooses; elsewhere it is the plain decoder, bit for bit.
 Not covered: encoding, gradients.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +19,6 @@ from .. import ops
 from ..ops import Constraint, operator
 from ..ops.frames_cpu import onednn_missing
 
-TRIAL = "SANA_VIDEO_FUSED_VAE"  # environment variable
 GROUP = 4  # most latent frames a pass: more gain nothing (the frames before a pass weigh 1 / 8 of it), and need memory
 _STAGE = 4  # a stage of the decoder: three residual blocks and an up-step
 _WIDTH = 96  # of the public model, for which the following is counted
@@ -239,9 +236,7 @@ def _is_wan(latent: Tensor, network: nn.Module, cache) -> str | None:
 
 
 def _fits_card(latent: Tensor, network: nn.Module, cache) -> str | None:
-    """Reason to refuse what the kernels do not do; and this decoder altogether, until a card has run it."""
-    if not os.environ.get(TRIAL):
-        return f"has not run on a card yet; set {TRIAL}=1 to try it"
+    """Reason to refuse what the kernels do not do."""
     if reason := _is_wan(latent, network, cache):
         return reason
     width = network.decoder.head[0].gamma.shape[0]

@@ -22,17 +22,14 @@ def scene(text: str, motion: int, key: str = "text", title: str | None = None, h
 
 
 def sampler(blocks: int, seed: int = 1, size: tuple[int, int] = (0, 0), state: tuple[str, str] | None = None, film: str = "",
-            text: str = "text", key: str = "sample", title: str | None = None, window: int = 0, guided: bool = False) -> Item:
-    """A block sampler; with ``film``, the name of a run folder, it also decodes each block at once. ``guided``: of a model that
-    was not distilled."""
+            text: str = "text", key: str = "sample", title: str | None = None, window: int = 0) -> Item:
+    """A block sampler; with ``film``, the name of a run folder, it also decodes each block at once."""
     links = {"model": ("load", "model"), "positive": (text, "positive")}
     links |= {"state": state} if state else {}
     links |= {"vae": ("load", "vae")} if film else {}
-    links |= {"negative": (text, "negative")} if guided else {}
-    many = {"cfg": 1.6} if guided else {}
     return Item(key, "SanaVideoBlockSampler", {
         "blocks": blocks, "width": size[0], "height": size[1], "seed": seed, "control_after_generate": "fixed",
-        "run_folder": film, "window": window, **many}, links, title, (400, 0))
+        "run_folder": film, "window": window}, links, title, (400, 0))
 
 
 def video(prefix: str, film: str | None = None, samples: tuple[str, str] | None = None, name: str = "") -> tuple[Item, ...]:
@@ -58,13 +55,13 @@ def shown(key: str, source: tuple[str, str], title: str) -> Item:
 MINI_NOTE = """
 ## Half a minute of video, no downloads
 
-Press **Run**. The small model that comes with the pack makes 30 seconds in 12 blocks; on two CPU cores it takes about a minute.
+Press **Run**. The small model that comes with the pack makes 30 seconds in 12 blocks, on two CPU cores in about half a minute.
 
 Every finished block is kept in **output/sana_video/mini_long_video**, and *film.mp4* there can be played while the next one is
 made. Press **Cancel** and **Run** again: it goes on where it was.
 
 **Change** the *prompt* or the *seed* (another video), or *blocks* (24 is a minute; the first 12 are kept). Another size needs
-another *run_folder*. *window* and *cfg* stay: this model remembers two blocks and wants a little guidance.
+another *run_folder*. *window* stays: this model remembers two blocks.
 
 It knows: red, yellow, green, blue, purple, white · circle, square, triangle, star · stays still, slides left and right,
 bounces up and down, moves in a circle, spins, grows and shrinks · black, grey, navy background.
@@ -170,7 +167,7 @@ def mini_long_video() -> tuple[Column, ...]:
     text = "A red circle bounces up and down on a black background."
     return (Column("1 · Models", (note(MINI_NOTE, (380, 330)), loader(EMBEDDED_LONG))),
             Column("2 · Prompt", (scene(text, 10),)),
-            Column("3 · Twelve blocks", (sampler(12, size=(160, 96), film="mini_long_video", window=2, guided=True),)),
+            Column("3 · Twelve blocks", (sampler(12, size=(160, 96), film="mini_long_video", window=2),)),
             Column("4 · Video", video("video/sana_video_mini_long", "sample")))
 
 

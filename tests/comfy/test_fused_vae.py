@@ -13,13 +13,6 @@ import inprocess as ip
 from wanvae import random_vae
 
 
-@pytest.fixture(autouse=True)
-def tried(monkeypatch):
-    """The fused decoder waits for a card to have run it; here it is asked for."""
-    monkeypatch.setenv("SANA_VIDEO_FUSED_VAE", "1")
-
-
-
 @pytest.fixture
 def vae(world, tmp_path):
     """ComfyUI's VAE object of a width that the fused decoder takes."""

@@ -24,13 +24,6 @@ REPEATS = 50
 
 
 @pytest.fixture(autouse=True)
-def tried(monkeypatch):
-    """The fused decoder waits for a card to have run it; here it is asked for."""
-    monkeypatch.setenv("SANA_VIDEO_FUSED_VAE", "1")
-
-
-
-@pytest.fixture(autouse=True)
 def exact_truth():
     """float32 convolutions and products without TF32; everything as before afterwards."""
     products = torch.backends.cuda.matmul.allow_tf32

@@ -23,8 +23,8 @@ def test_kernels_build_and_fit(capability, options, tmp_path):
     done = subprocess.run([sys.executable, HELPER, str(capability), *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"residual_norm", "rms", "attention_keys", "attention_state", "attention_apply", "gated_depthwise", "temporal_taps", "largest",
-               "scale", "row_fp8"}
+    kernels = {"residual_norm", "rms", "attention_keys", "attention_state", "attention_apply", "gated_depthwise",
+               "temporal_taps", "largest", "scale", "row_fp8"}
     if not options:
         kernels |= {"frame_conv", "window", "gather_taps"}
     assert {row["kernel"] for row in rows} == {f"{name}_kernel" for name in kernels}

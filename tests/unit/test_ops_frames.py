@@ -19,13 +19,6 @@ CASES = 5
 
 
 @pytest.fixture(autouse=True)
-def tried(monkeypatch):
-    """The fused decoder waits for a card to have run it; here it is asked for."""
-    monkeypatch.setenv("SANA_VIDEO_FUSED_VAE", "1")
-
-
-
-@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Fresh memory holds NaN, so that a value nobody wrote is seen."""
     real = {"empty": torch.empty, "empty_like": torch.empty_like}

@@ -123,13 +123,13 @@ def test_row_fp8_of_zeros_and_of_nan():
     x[1], x[2, 4999], x[3, 0] = 0, torch.nan, torch.nan
     for function in (fused.row_fp8, reference.row_fp8):
         found, scale = function(x)
-        assert scale.shape == (4, 1) and scale[1] == 1 and not found[1].float().any() and scale[2:].isnan().all()
+        assert scale.shape == (4, 1) and scale[1] > 0 and not found[1].float().any() and scale[2:].isnan().all()
         assert scale[0].isfinite() and found[0].float().abs().max() == reference.E4M3_MAX
 
 
 def test_scaled_fp8_of_zeros_and_of_nan():
     zeros, scale = fused.scaled_fp8(torch.zeros(3, 5))
-    assert not zeros.float().any() and scale == 1
+    assert not zeros.float().any() and scale > 0
     for place in (0, 4999):
         x = torch.ones(5000)
         x[place] = torch.nan

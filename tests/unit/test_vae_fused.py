@@ -17,13 +17,6 @@ from wanvae import random_vae, relative
 CLOSE = 2e-5  # relative; the order of sums differs, and random weights make rounding grow from layer to layer
 
 
-@pytest.fixture(autouse=True)
-def tried(monkeypatch):
-    """The fused decoder waits for a card to have run it; here it is asked for."""
-    monkeypatch.setenv("SANA_VIDEO_FUSED_VAE", "1")
-
-
-
 @pytest.fixture(scope="module")
 def vae():
     return random_vae()
