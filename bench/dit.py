@@ -1,8 +1,9 @@
 """The 2B network's CFG step (two forwards) beside diffusers' network with the same weights, in one process.
 
-``run.py bench dit [--tiny] [--size 480p|720p_ltx2] [--compiled]``. Rows: ``dit_480p_cfg_step_bf16`` (two forwards of batch 1, as
-at short memory) and ``..._batch2`` (one forward of batch 2). ``--compiled`` times diffusers under torch.compile too, which
-takes a minute or two to compile. The check comes first: against the reference operators in float32 our bf16 error must not be
+``run.py bench dit [--tiny] [--size 480p|720p_ltx2] [--compiled]``. Rows: ``dit_480p_cfg_step_bf16``, one call of batch 2 as in
+ComfyUI and in the pipelines of diffusers and the official code, and ``..._two_calls`` of batch 1, as ComfyUI does at short
+memory; both sides in the same way. ``--compiled`` times diffusers under torch.compile too (batch 2), which takes a minute or
+two to compile. The check comes first: against the reference operators in float32 our bf16 error must not be
 over twice diffusers' own.
 """
 
@@ -30,7 +31,7 @@ PEER_EPS = {"cross_eps": 1e-5, "attention_eps": 1e-15}
 
 
 class Other(NamedTuple):
-    """A further way to run the same weights: a call like the network's, the name of its rows (without ``_batch2``), and the
+    """A further way to run the same weights: a call like the network's, the name of its rows (without ``_two_calls``), and the
     error it may have, in units of diffusers' own."""
 
     call: Callable
@@ -158,7 +159,7 @@ def run(tiny: bool = False, device: str | None = None, report: Report | None = N
     args = inputs(work.spec, work.grid, 2, device, torch.bfloat16)
     tokens = math.prod(n // p for n, p in zip(work.grid, work.spec.patch))
     floor = floor_ms(*forward_cost(work.spec, tokens, 2))
-    for suffix, step, peer_call in (("", cfg_step, peer_step), ("_batch2", _whole, call_peer)):
+    for suffix, step, peer_call in (("", _whole, call_peer), ("_two_calls", cfg_step, peer_step)):
         peers = {"eager": lambda p=peer_call: p(peer, args)}
         if compiled and not suffix:  # another batch would compile once more
             peers["compiled"] = lambda p=peer_call: p(fast, args)

@@ -20,7 +20,7 @@ from .embeddings import patchify
 
 # Working memory that one pass of the FFN's hidden layer may take. Frames are independent there, so more passes give the
 # same values; this bounds the peak on small cards and stays far above the size where a GPU is no longer full.
-FFN_PASS_BYTES = 1 << 30
+FFN_PASS_BYTES = 900_000_000  # 21 latent frames of 832x480 in bf16: a clip in one pass, a CFG pair in two
 
 
 class Context(NamedTuple):
