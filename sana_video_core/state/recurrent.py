@@ -95,6 +95,10 @@ class RecurrentState(NamedTuple):
             recent=self.recent[:-1] if self.window else (), undo=None, caption="",
         ), self.undo.latent
 
+    def forgotten(self) -> RecurrentState:
+        """The same place in the film with nothing remembered."""
+        return self._replace(layers=(), recent=(), undo=None, caption="")
+
     def windowed(self, window: int) -> RecurrentState:
         """The same state that from here on remembers the last ``window`` blocks only (0: forgets nothing more).
 

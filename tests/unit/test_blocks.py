@@ -10,7 +10,7 @@ from sana_video_core.errors import SanaVideoError, StateError
 from sana_video_core.sampling.blocks import Condition, Recipe, caption_key, prefill, sample_blocks, seeded_noise
 from sana_video_core.sampling.guidance import Caption
 from sana_video_core.sampling.plan import MAX_BLOCKS, BlockPlan, plan_blocks, seconds_of, split
-from sana_video_core.state import tensors
+from sana_video_core.state import RecurrentState, tensors
 
 FEW = Recipe.few_step((1.0, 0.7, 0.0))
 TEXTS = [Condition(Caption(*caption(i)), Caption(*caption(50 + i, tokens=3))) for i in range(4)]
@@ -130,6 +130,16 @@ def test_a_prompt_change_commits_the_block_before_again(switch):
     kept = sample((3, 2, 2), texts, recompute=False)
     assert torch.equal(joined(kept[:switch]), joined(blocks[:switch]))
     assert not torch.allclose(kept[switch].latent, blocks[switch].latent, atol=1e-4)
+
+
+def test_with_a_window_a_prompt_change_remembers_the_block_before_alone():
+    model, texts = tiny_model(), lambda i: TEXTS[int(i >= 3)]
+    blocks = sample((3, 2, 2, 2), texts, window=2)
+    alone = RecurrentState.empty(tiny_spec().name, (GRID[0] // 2, GRID[1] // 2), 1, window=2, keep_undo=True)
+    state = model.absorb(blocks[2].latent, *TEXTS[1].positive, state=alone._replace(position=5, blocks=2))
+    after = sample((2,), TEXTS[1], state=state)[0]
+    assert torch.equal(after.latent, blocks[3].latent) and len(blocks[3].state.recent) == 2
+    assert not torch.equal(sample((3, 2, 2, 2), texts)[3].latent, blocks[3].latent)
 
 
 def test_a_prompt_change_needs_undo_data():
