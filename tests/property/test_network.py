@@ -54,13 +54,19 @@ def distance(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def in_domain(literal):
-    """Leave out a network whose denominator (un-rotated features) nearly vanishes while its numerator (rotated) does not.
+def published(literal, latent, *rest):
+    """The literal formulas' output, of networks for which float32 can have correct digits.
 
-    The published formula then divides rounding by up to 1e-8, so float32 has no correct digits there whoever computes it.
-    That is 8 to 9 % of these tiny networks (3,000 drawn); ``test_a_vanishing_denominator`` covers the point itself.
+    Left out: a denominator (un-rotated features) that nearly vanishes while its numerator (rotated) does not, where the formula
+    divides rounding by up to 1e-8, 8 to 9 % of these tiny networks (3,000 drawn; ``test_a_vanishing_denominator`` covers the
+    point itself); and formulas that themselves amplify a change of the latent more than tenfold, because their result nearly
+    cancels (usual is once).
     """
+    expected = literal(latent, *rest)
     assume(literal.smallest > 0.1)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assume(distance(literal(latent.double() * (1 + 1e-6 * noise), *rest), expected) < 1e-5)
+    return expected
 
 
 ROUNDS = settings(max_examples=max(10, CASES // 2), deadline=None, suppress_health_check=list(HealthCheck))
@@ -73,12 +79,10 @@ def test_bidirectional_pass_equals_the_literal_formulas(case):
     model, literal, generator = build(spec, seed)
     latent, caption, mask = inputs(spec, blocks, size, batch, generator)
     times = 1000 * torch.rand(batch, sum(blocks), generator=generator)
-    expected = literal(latent, times, caption, mask, [sum(blocks)])
-    in_domain(literal)
+    expected = published(literal, latent, times, caption, mask, [sum(blocks)])
     assert distance(model(latent, times, caption, mask), expected) < 1e-5
     one = times[:, :1]
-    expected = literal(latent, one.expand_as(times), caption, mask, [sum(blocks)])
-    in_domain(literal)
+    expected = published(literal, latent, one.expand_as(times), caption, mask, [sum(blocks)])
     assert distance(model(latent, one[:, 0], caption, mask), expected) < 1e-5
 
 
@@ -91,8 +95,7 @@ def test_blocks_with_a_state_equal_the_literal_mask(case):
     latent, caption, mask = inputs(spec, blocks, size, batch, generator)
     times = torch.zeros(batch, sum(blocks))
     times[:, -blocks[-1]:] = 1000 * torch.rand(batch, 1, generator=generator)
-    expected = literal(latent, times, caption, mask, blocks)
-    in_domain(literal)
+    expected = published(literal, latent, times, caption, mask, blocks)
     state, start, found = None, 0, []
     for n in blocks[:-1]:
         v, state = model.commit(latent[:, :, start:start + n], caption, mask, state=state)
