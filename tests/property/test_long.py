@@ -10,6 +10,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -170,6 +171,7 @@ def decoded(frames: int = 48):
         return z, tiny_vae().decode(z)
 
 
+@pytest.mark.timeout(1200)  # 500 cases take five minutes
 @many
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.data())
 def test_streaming_decode_of_any_partition_is_the_full_decode(parts, data):
