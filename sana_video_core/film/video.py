@@ -32,7 +32,7 @@ from .transfer import to_cpu
 
 TICKS = 1000  # of the video's clock in one frame, times the denominator of the frame rate
 VIDEO = "film.mp4"
-PRESET = "veryfast"  # on 832x480 "medium" needs four times the processor's time for the same size and error
+PRESET = "veryfast"  # on 832x480 "medium" needs four times the processor's time
 THREADED = 1 << 17  # pixels of a frame from which on several threads are faster than one
 _MARK = b"sana-video:"
 
@@ -110,7 +110,7 @@ def x264_options(height: int, width: int, crf: int) -> dict[str, str]:
             "x264-params": f"bframes=0:threads={threads}:keyint=250:scenecut=0"}
 
 
-def encode_fragment(frames: Iterable[Tensor], start: int, number: int, fps: Fraction, crf: int = 18) -> tuple[bytes, bytes, int]:
+def encode_fragment(frames: Iterable[Tensor], start: int, number: int, fps: Fraction, crf: int = 17) -> tuple[bytes, bytes, int]:
     """(header, fragment, frames) of groups of frames ``[n, H, W, 3]`` uint8 that begin at frame ``start`` of the film."""
     import av
     from av.video.reformatter import Colorspace
@@ -151,7 +151,7 @@ class FilmVideo:
     ``overlap``: a thread encodes what the decoder makes. For a decoder on a card; on a CPU the two would wait for each other.
     """
 
-    def __init__(self, film: Film, decoder: Decoder, fps: float | Fraction = 16, crf: int = 18, name: str = VIDEO,
+    def __init__(self, film: Film, decoder: Decoder, fps: float | Fraction = 16, crf: int = 17, name: str = VIDEO,
                  overlap: bool = False):
         self.film, self.decoder, self.crf, self.overlap = film, decoder, crf, overlap
         self.fps = Fraction(fps).limit_denominator(1001)

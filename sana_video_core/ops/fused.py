@@ -16,7 +16,7 @@ from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, e4m3_s
 from .registry import Constraint
 
 SPLIT_TOKENS, KEY_TOKENS = 1024, 16  # tokens a program sums; by shape alone, so that a sum does not depend on the card
-# Launch settings, the fastest of those that bench/probe.py tries on an H200. norm, residual, rms, row_fp8: tokens a program,
+# Launch settings, chosen with bench/probe.py on an H200. norm, residual, rms, row_fp8: tokens a program,
 # warps (row_fp8: at most); taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages; apply: tokens, tiles,
 # warps, stages; depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
 TUNING = {

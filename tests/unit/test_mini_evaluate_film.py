@@ -165,7 +165,7 @@ def test_judged_films_are_those_of_the_film_command_and_a_batch_equals_single_on
         path = film.make(tiny.model, tmp_path / f"{i}", 3, tiny.cases[i].prompt, 5 + i)
         shown = torch.tensor(frames_of(path)[1][24].copy()).int()
         grey = (alone[0, 24] * torch.tensor((0.2126, 0.7152, 0.0722))).sum(-1) * 219 / 255 + 16
-        assert (shown - grey).abs().mean() < 5, "but for the video's compression"
+        assert (shown - grey).abs().mean() < 4, "but for the video's compression"
         assert (shown - grey.roll(1, 0)).abs().mean() > 8
     assert (together[0] - together[1]).abs().float().mean() > 1
 
