@@ -45,11 +45,11 @@ TINY = Size(replace(SPECS["sana-video-mini-long"], name="bench-tiny-long", depth
 
 
 class Long:
-    """A random network of that size in bfloat16 with one random text. ``steps``: None takes the model's own four."""
+    """A random network of that size in bfloat16, or ``model``, with one random text. ``steps``: None takes the spec's four."""
 
-    def __init__(self, size: Size, device: str, steps: int | None = None, seed: int = 0):
+    def __init__(self, size: Size, device: str, steps: int | None = None, seed: int = 0, model=None):
         self.size, self.spec, self.device = size, size.spec, device
-        self.model = dit.build(size.spec, device, torch.bfloat16, seed)
+        self.model = dit.build(size.spec, device, torch.bfloat16, seed) if model is None else model
         texts = dit.inputs(size.spec, (1, *size.latent), 1, device, torch.bfloat16)
         self.condition = Condition(Caption(texts["caption"], texts["caption_mask"]))
         self.recipe: Recipe = recipe_of(size.spec, steps or len(LONGSANA_TIMES), 1.0)

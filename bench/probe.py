@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from sana_video_core import ops
 from sana_video_core.dit.embeddings import rope_table
-from sana_video_core.ops import fused, reference
+from sana_video_core.ops import fused, fused_torch, reference
 
 from . import dit
 from .harness import Timing, ceilings, machine, measure, relative_error, versions
@@ -26,12 +26,15 @@ C, HEADS, HIDDEN = 2240, 20, 6720
 COPY, DEVICE, TINY, CALLS = 1 << 30, "cuda", False, 10
 # Settings to try, in the order of fused.TUNING.
 SETTINGS = {
-    "depthwise": [(128, 2, "pair"), (64, 1, "pair"), (128, 4, "pair"), (64, 2, "pair"), (256, 4, "pair"), (128, 2, "plain")],
+    "depthwise": [(64, 1, "pair"), (128, 2, "pair"), (256, 4, "pair"), (64, 2, "pair"), (128, 1, "pair"), (64, 1, "plain")],
     "norm": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2), (1, 1)],
     "residual": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2)],
     "rms": [(4, 4), (1, 4), (8, 4), (2, 2), (1, 1)],
     "taps": [(8, 256, 4), (16, 128, 4), (4, 512, 4), (8, 256, 8), (2, 256, 1)],
-    "keys": [(4,), (8,), (2,)],
+    "keys": [(4,), (2,), (1,), (8,)],
+    "text": [(64, 8, 4, 2), (64, 16, 4, 2), (64, 4, 4, 2), (128, 4, 8, 2), (128, 8, 8, 2), (64, 8, 4, 3), (64, 8, 8, 2),
+             (128, 8, 4, 2)],
+    "norm_fp8": [(1,), (2,), (4,)], "taps_fp8": [(4,), (2,), (8,), (1,)],
     "state": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (32, 4, 4), (128, 8, 3), (128, 4, 2)],
     "row_fp8": [(1, 8), (2, 8), (4, 8), (1, 4), (1, 16)],
     "fp8": [(2048, 8, 4), (1024, 8, 4), (4096, 8, 8), (2048, 32, 4), (2048, 2, 4)],
@@ -161,6 +164,12 @@ def attention() -> None:
     mask = torch.arange(300, device=DEVICE)[None] < 120
     for name, more in (("masked", (mask,)), ("trimmed to 120", (mask, (120,)))):
         show(f"softmax, {name}", steady(lambda a=more: reference.softmax_attention(q, k, k, HEADS, *a)), 2 * tokens * C * 2)
+    both, lengths, norm = (rand(2, tokens, C), *2 * (rand(2, 300, C),)), (120, 40), (weight, 1e-6)
+    args = (*both, HEADS, None, lengths)
+    expected = reference.softmax_attention(*wide(args), (weight.float(), 1e-6))
+    print(f"  two rows, normed: error {relative_error(fused_torch.softmax_attention(*args, norm), expected):.2e}", flush=True)
+    show("two rows, norm and torch", steady(lambda: fused_torch.softmax_attention(*args, norm)), 6 * tokens * C * 2)
+    tune("text", lambda: fused.softmax_attention(*args, norm), 6 * tokens * C * 2, expected)
 
 
 def fp8() -> None:
@@ -172,6 +181,10 @@ def fp8() -> None:
     tune("row_fp8", lambda: fused.row_fp8(x), 1.5 * x.nbytes)
     narrow = rand(1, tokens, C)
     show("row_fp8 of a narrow tensor", steady(lambda: fused.row_fp8(narrow)), 1.5 * narrow.nbytes)
+    rows = rand(1, 1, 6, C).unbind(2)[:2]
+    tune("norm_fp8", lambda: fused.residual_norm_fp8(narrow, narrow, *rows), 3.5 * narrow.nbytes)
+    show("modulate_norm_fp8", steady(lambda: fused.modulate_norm_fp8(narrow, *rows)), 1.5 * narrow.nbytes)
+    tune("taps_fp8", lambda: fused.temporal_taps_fp8(narrow, FRAMES), 2.5 * narrow.nbytes)
     for name, out, inner in (("qkv", 3 * C, C), ("proj", C, C), ("up", 2 * HIDDEN, C), ("down", C, HIDDEN), ("time", C, 3 * C)):
         (a, s), (b, t) = fused.scaled_fp8(rand(tokens, inner)), fused.scaled_fp8(rand(out, inner, scale=inner**-0.5))
         rows, columns = s.expand(tokens, 1).contiguous(), t.expand(1, out).contiguous()

@@ -25,10 +25,19 @@ def with_scaled_inputs(operations):
         return operations
 
     class Linear(operations.Linear):
+        def takes_rows(self, x) -> bool:
+            """Whether inputs like ``x`` may come as ``ops.Rows``, scaled by what made them."""
+            return by_row(x) and takes_scaled_input(self, x)
+
         def forward(self, input, *args, **kwargs):
-            if not takes_scaled_input(self, input):
-                return super().forward(input, *args, **kwargs)
-            return super().forward(scaled(input, self.layout_type), *args, **kwargs).reshape(*input.shape[:-1], -1)
+            dtype = torch.bfloat16
+            if not isinstance(input, ops.Rows):
+                if not takes_scaled_input(self, input):
+                    return super().forward(input, *args, **kwargs)
+                dtype, input = input.dtype, (ops.row_fp8 if by_row(input) else ops.scaled_fp8)(input)
+            values, scale = input
+            rows = quantised(values, scale, self.layout_type, dtype)
+            return super().forward(rows, *args, **kwargs).reshape(*values.shape[:-1], -1)
 
         def _forward(self, input, weight, bias):
             scale = getattr(getattr(input, "_params", None), "scale", None)
@@ -37,6 +46,11 @@ def with_scaled_inputs(operations):
             return row_product(input._qdata, scale, weight._qdata, weight._params.scale, bias, input._params.orig_dtype)
 
     return type(operations.__name__, (operations,), {"Linear": Linear})
+
+
+def by_row(x) -> bool:
+    """Whether inputs like ``x`` get a scale a row: :func:`row_product` takes them, and gives bfloat16."""
+    return x.dtype == torch.bfloat16 and multiplies_rows(x.device)
 
 
 def takes_scaled_input(layer, x) -> bool:
@@ -50,14 +64,12 @@ def takes_scaled_input(layer, x) -> bool:
         and not getattr(layer, "comfy_force_cast_weights", False) and not layer.weight_function and not layer.bias_function)
 
 
-def scaled(x, layout: str):
-    """``x [..., C]`` as core's quantised rows ``[N, C]``; with scales ``[N, 1]`` where :func:`row_product` takes them."""
+def quantised(values, scale, layout: str, dtype):
+    """E4M3 values ``[..., C]`` with a scale for all or ``[..., 1]`` as core's matrix ``[N, C]``, of a tensor of ``dtype``."""
     from comfy.quant_ops import QuantizedTensor, get_layout_class
 
-    rows = x.reshape(-1, x.shape[-1])
-    by_row = rows.dtype == torch.bfloat16 and multiplies_rows(rows.device)
-    values, scale = (ops.row_fp8 if by_row else ops.scaled_fp8)(rows)
-    params = get_layout_class(layout).Params(scale=scale, orig_dtype=x.dtype, orig_shape=tuple(rows.shape))
+    values, scale = values.reshape(-1, values.shape[-1]), scale.reshape(-1, 1) if scale.ndim else scale
+    params = get_layout_class(layout).Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(values.shape))
     return QuantizedTensor(values, layout, params)
 
 

@@ -26,17 +26,18 @@ def rope_table(
 
     Angles are formed in float64 and have no upper limit; ``dtype`` float64 keeps the official rotation exactly.
     """
+    positions = (torch.arange(start, start + frames), torch.arange(height), torch.arange(width))
     with torch.inference_mode(False):  # a cached table must stay usable in training
-        angles = []
-        positions = (torch.arange(start, start + frames), torch.arange(height), torch.arange(width))
+        cos, sin = [], []
         for axis, (position, channels) in enumerate(zip(positions, axis_split(head_dim))):
             frequency = ROPE_BASE ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+            angle = position.double()[:, None] * frequency
             shape = [1, 1, 1, channels // 2]
             shape[axis] = len(position)
-            angle = (position.double()[:, None] * frequency).view(shape)
-            angles.append(angle.expand(frames, height, width, -1))
-        table = torch.cat(angles, -1).reshape(frames * height * width, -1)
-        return table.cos().to(device, dtype), table.sin().to(device, dtype)
+            for parts, function in ((cos, torch.cos), (sin, torch.sin)):  # an axis at a time: few angles, and no large copy
+                part = function(angle).to(dtype).to(device, non_blocking=True)
+                parts.append(part.view(shape).expand(frames, height, width, -1))
+        return tuple(torch.cat(parts, -1).reshape(frames * height * width, -1) for parts in (cos, sin))
 
 
 def time_sinusoid(times: Tensor, width: int = 256, truncate: bool = True) -> Tensor:

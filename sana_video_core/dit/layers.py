@@ -54,6 +54,20 @@ def valid_lengths(mask: Tensor | None) -> tuple[int, ...] | None:
     return tuple(lengths.tolist()) if bool((leading == rows).all() & (lengths > 0).all()) else None
 
 
+def takes_rows(linear: nn.Module, x: Tensor) -> bool:
+    """Whether ``linear`` wants inputs like ``x`` as :class:`ops.Rows`, and so their scaling done by what makes them.
+
+    A layer class says so with a method of this name (``nodes/fp8_layers.py``); those of torch do not.
+    """
+    wants = getattr(linear, "takes_rows", None)
+    return wants is not None and wants(x)
+
+
+def _modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | ops.Rows:
+    """``ops.modulate_norm`` in the form that ``linear`` reads."""
+    return (ops.modulate_norm_fp8 if takes_rows(linear, x) else ops.modulate_norm)(x, shift, scale)
+
+
 def _here(p: Tensor, x: Tensor) -> Tensor:
     """A raw parameter on the device of ``x`` (a partly offloaded model keeps some on the CPU)."""
     return p if p.device == x.device else p.to(x.device, non_blocking=True)
@@ -139,12 +153,13 @@ class LinearAttention(nn.Module):
         self.proj = operations.Linear(spec.width, spec.width, **kw)
 
     def forward(
-        self, x: Tensor, ctx: Context, history: LayerState | None, last: int = 0,
+        self, x: Tensor | ops.Rows, ctx: Context, history: LayerState | None, last: int = 0,
     ) -> tuple[Tensor, ops.Contribution]:
         """Output of all tokens, or of the ``last`` ones only, and this block's own contribution (always of all tokens)."""
         past = None if history is None else ops.Contribution(history.vk, history.ksum)
+        qkv = self.qkv(x)
         out, own = ops.linear_attention(
-            self.qkv(x), _here(self.q_norm.weight, x), _here(self.k_norm.weight, x), ctx.cos, ctx.sin, self.heads, past,
+            qkv, _here(self.q_norm.weight, qkv), _here(self.k_norm.weight, qkv), ctx.cos, ctx.sin, self.heads, past,
             parity=self.parity, eps=self.eps,
         )
         out = out[:, -last:]  # [-0:] is everything
@@ -165,8 +180,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         k, v = self.kv_linear(ctx.text).chunk(2, -1)
-        q = self.q_norm(self.q_linear(_official_layout(x) if self.parity else x))
-        return self.proj(ops.softmax_attention(q, self.k_norm(k), v, self.heads, ctx.mask, ctx.lengths))
+        q = self.q_linear(_official_layout(x) if self.parity else x)
+        norm = _here(self.q_norm.weight, x), self.q_norm.eps
+        return self.proj(ops.softmax_attention(q, self.k_norm(k), v, self.heads, ctx.mask, ctx.lengths, norm))
 
 
 class _Conv(nn.Module):
@@ -183,9 +199,9 @@ class _Conv(nn.Module):
 class _DepthwiseGate(nn.Conv2d):
     """Holds the depthwise weight; called through ``ops.gated_depthwise``, so that a fused kernel can take its place."""
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int], out: Tensor | None = None) -> Tensor:
         bias = None if self.bias is None else _here(self.bias, x).to(x.dtype)
-        return ops.gated_depthwise(x, _here(self.weight, x).to(x.dtype), bias, grid, not torch.is_grad_enabled())
+        return ops.gated_depthwise(x, _here(self.weight, x).to(x.dtype), bias, grid, not torch.is_grad_enabled(), out)
 
 
 class MixFFN(nn.Module):
@@ -200,22 +216,42 @@ class MixFFN(nn.Module):
         self.point_conv = _Conv(operations.Linear(hidden, width, bias=False, **kw))
         self.t_conv = operations.Linear(3 * width, width, bias=False, **kw)
 
-    def spatial(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.point_conv(self.depth_conv.conv(self.inverted_conv(x), grid))
+    def spatial(self, x: Tensor | ops.Rows, grid: tuple[int, int]) -> Tensor:
+        """The part of every frame by itself: ``[B, N, C]`` -> ``[B, N, C]``.
 
-    def forward(self, x: Tensor, grid: tuple[int, int, int], tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        Where the hidden layer would be large, it is made in pieces: frames of all rows one after the other, so that a piece is
+        one matrix and its bias goes into the product.
+        """
+        values = x.values if isinstance(x, ops.Rows) else x
+        hidden, frame = self.point_conv.conv.in_features, grid[0] * grid[1]
+        size = max(1, FFN_PASS_BYTES // (frame * 2 * hidden * max(2, values.element_size()))) * frame
+        if size >= values.shape[0] * values.shape[1] or torch.is_grad_enabled():
+            return self.point_conv(self.depth_conv.conv(self.inverted_conv(x), grid))
+        gated = None
+        for start, piece in enumerate(_pieces(x, size)):
+            wide = self.inverted_conv(piece)
+            if gated is None:
+                gated = wide.new_empty(values.shape[0], values.shape[1], hidden)
+            goal = gated.view(1, -1, hidden)[:, start * size:(start + 1) * size]
+            self.depth_conv.conv(wide, grid, goal)
+            del wide  # before the next one is made
+        return self.point_conv(gated)
+
+    def forward(
+        self, x: Tensor | ops.Rows, grid: tuple[int, int, int], tail: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, N, C]`` -> the two parts whose sum is the output, and this block's tail ``[B, 1, S, C]``."""
-        frames, height, width = grid
-        hidden = 2 * self.point_conv.conv.in_features
-        frame_bytes = height * width * hidden * x.element_size()
-        group = max(1, FFN_PASS_BYTES // frame_bytes)
-        if group >= len(x) * frames or torch.is_grad_enabled():
-            u = self.spatial(x, (height, width))
-        else:  # frames of all rows one after the other: a piece is then one matrix, and its bias goes into the product
-            pieces = x.reshape(1, -1, x.shape[-1]).split(group * height * width, 1)
-            u = torch.cat([self.spatial(p, (height, width)) for p in pieces], 1).view_as(x)
-        taps, own_tail = ops.temporal_taps(u, frames, tail)
+        u = self.spatial(x, grid[1:])
+        gather = ops.temporal_taps_fp8 if takes_rows(self.t_conv, u) else ops.temporal_taps
+        taps, own_tail = gather(u, grid[0], tail)
         return u, self.t_conv(taps), own_tail
+
+
+def _pieces(x: Tensor | ops.Rows, size: int) -> list[Tensor] | list[ops.Rows]:
+    """Tokens of all rows one after the other, ``size`` at a time."""
+    if isinstance(x, ops.Rows):
+        return [ops.Rows(*parts) for parts in zip(*(_pieces(t, size) for t in x))]
+    return list(x.reshape(1, -1, x.shape[-1]).split(size, 1))
 
 
 class Block(nn.Module):
@@ -231,9 +267,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> tuple[Tensor, LayerState]:
         table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
-        attended, own = self.attn(ops.modulate_norm(x, shift1, scale1), ctx, history)
+        attended, own = self.attn(_modulated(self.attn.qkv, x, shift1, scale1), ctx, history)
         x = ops.gated_residual(x, attended, gate1)
-        x, normed = ops.residual_norm(x, self.cross_attn(x, ctx), shift2, scale2)
+        join = ops.residual_norm_fp8 if takes_rows(self.mlp.inverted_conv.conv, x) else ops.residual_norm
+        x, normed = join(x, self.cross_attn(x, ctx), shift2, scale2)
         spatial, temporal, tail = self.mlp(normed, ctx.grid, None if history is None else history.tail)
         return ops.gated_residual(x, spatial, gate2, temporal), LayerState(own.vk, own.ksum, tail)
 
@@ -242,7 +279,7 @@ class Block(nn.Module):
         frame = ctx.grid[1] * ctx.grid[2]
         table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
         shift1, scale1, gate1, shift2, scale2, _ = (table + ctx.rows).unbind(2)
-        attended, own = self.attn(ops.modulate_norm(x, shift1, scale1), ctx, history, frame)
+        attended, own = self.attn(_modulated(self.attn.qkv, x, shift1, scale1), ctx, history, frame)
         x = ops.gated_residual(x[:, -frame:], attended, gate1[:, -1:])
         _, normed = ops.residual_norm(x, self.cross_attn(x, ctx), shift2[:, -1:], scale2[:, -1:])
         tail = self.mlp.spatial(normed, ctx.grid[1:])

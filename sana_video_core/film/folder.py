@@ -140,16 +140,17 @@ class Film:
 
     def write_block(self, block: int, latent: Tensor, state: RecurrentState | None) -> None:
         """Store a finished block. ``state`` is the one after it; of its undo data only what the block before lacks is kept."""
-        plan = self._planned()
-        record = {"kind": KIND, "format": FORMAT, "block": block, "contract": plan.contracts[block], "state": None}
+        record = {"kind": KIND, "format": FORMAT, "block": block, "contract": self._planned().contracts[block], "state": None}
         tensors = {"latent": latent.detach().to("cpu", torch.float32)}
         if state is not None:
-            state = state.to("cpu")
-            if not plan.switches(block, self._start_caption()):
-                state = state._replace(undo=None)
+            state = self.kept(block, state).to("cpu")
             record["state"] = state_record(state)
             tensors |= state_tensors(state, _STATE)
         write_sealed(self.block_path(block), tensors, record)
+
+    def kept(self, block: int, state: RecurrentState) -> RecurrentState:
+        """What is stored of the state after a block: its undo data only where the text changes."""
+        return state if self._planned().switches(block, self._start_caption()) else state._replace(undo=None)
 
     def _start_caption(self) -> str:
         start = self.start_state()

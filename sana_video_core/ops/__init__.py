@@ -1,7 +1,7 @@
 """The operators the network is made of. Call these; the registry chooses the backend."""
 
 from . import frames, frames_cpu, frames_fused, fused, fused_torch, library, reference
-from .reference import Contribution
+from .reference import Contribution, Rows
 from .registry import OPERATORS, Constraint, Operator, force, operator, report
 
 rms_norm = operator(reference.rms_norm)
@@ -14,6 +14,9 @@ gated_depthwise = operator(reference.gated_depthwise)
 temporal_taps = operator(reference.temporal_taps)
 row_fp8 = operator(reference.row_fp8)
 scaled_fp8 = operator(reference.scaled_fp8)
+modulate_norm_fp8 = operator(reference.modulate_norm_fp8)
+residual_norm_fp8 = operator(reference.residual_norm_fp8)
+temporal_taps_fp8 = operator(reference.temporal_taps_fp8)
 open_window = operator(frames.open_window)
 causal_step = operator(frames.causal_step)
 time_double = operator(frames.time_double)
@@ -28,7 +31,8 @@ frames_fused.register(OPERATORS)
 frames_cpu.register(OPERATORS)
 
 __all__ = [
-    "OPERATORS", "Constraint", "Contribution", "Operator", "causal_step", "force", "frame_attention", "gated_depthwise",
-    "gated_residual", "linear_attention", "modulate_norm", "open_window", "operator", "pixel_conv", "report", "residual_norm",
-    "rms_norm", "row_fp8", "scaled_fp8", "softmax_attention", "temporal_taps", "time_double", "upsample_conv",
+    "OPERATORS", "Constraint", "Contribution", "Operator", "Rows", "causal_step", "force", "frame_attention", "gated_depthwise",
+    "gated_residual", "linear_attention", "modulate_norm", "modulate_norm_fp8", "open_window", "operator", "pixel_conv",
+    "report", "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8", "scaled_fp8", "softmax_attention", "temporal_taps",
+    "temporal_taps_fp8", "time_double", "upsample_conv",
 ]

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from .fused_torch import has_weight, one_dtype
-from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, e4m3_scale
+from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, Rows, e4m3_scale
 from .registry import Constraint
 
 SPLIT_TOKENS, KEY_TOKENS = 1024, 16  # tokens a program sums; by shape alone, so that a sum does not depend on the card
+WORDS_HELD, WORDS_A_STEP = 128, 64  # text tokens that a program holds for all its tiles; that it reads at one time otherwise
 # Launch settings, chosen with bench/probe.py on an H200. norm, residual, rms, row_fp8: tokens a program,
-# warps (row_fp8: at most); taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages; apply: tokens, tiles,
-# warps, stages; depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
+# warps (row_fp8: at most); norm_fp8, taps_fp8: warps; taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages;
+# apply: tokens, tiles, warps, stages; text: tokens, tiles, warps, stages;
+# depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
 TUNING = {
-    "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (2,), "state": (64, 4, 2),
-    "apply": (64, 8, 4, 2), "depthwise": (64, 2, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
+    "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (1,), "state": (64, 4, 2),
+    "apply": (64, 8, 4, 2), "depthwise": (64, 1, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
+    "norm_fp8": (2,), "taps_fp8": (2,), "text": (64, 8, 4, 3),
 }
 # Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps.
 SMALLER = {"state": (32, 8, 2), "apply": (32, 16, 8, 2)}
@@ -69,7 +72,7 @@ def _modulation(x: Tensor, *rows: Tensor) -> tuple[list[Tensor], int]:
 
 
 def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tensor | None, shift: Tensor | None,
-                   scale: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor | None]:
+                   scale: Tensor | None, eps: float, fp8: bool = False) -> tuple[Tensor | None, Tensor | Rows | None]:
     """``x + gate * (y + extra)`` when there is y, and its modulated norm when there is a scale."""
     x, y, extra = (None if t is None else t.contiguous() for t in (x, y, extra))
     batch, tokens, channels = x.shape
@@ -79,15 +82,18 @@ def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tens
     gate = rows.pop(0) if gate is not None else None
     shift, scale = rows or (None, None)
     out = None if y is None else torch.empty_like(x)
-    normed = None if scale is None else torch.empty_like(x)
+    normed = None if scale is None else torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else None)
+    factor = torch.empty(batch, tokens, 1, device=x.device, dtype=torch.float32) if fp8 else None
     block, warps = TUNING["residual" if scale is None else "norm"]
+    if fp8:
+        block, warps = 1, TUNING["norm_fp8"][0]
     each = tokens // frames
-    used = (x if t is None else t for t in (y, extra, gate, shift, scale, out, normed))  # what is not there is not touched
+    used = (x if t is None else t for t in (y, extra, gate, shift, scale, out, normed, factor))  # the others are not touched
     with torch.cuda.device_of(x):
         _kernels().residual_norm_kernel[(-(-each // block), batch * frames)](
-            x, *used, each, stride, eps, **_row(channels), TOKENS=block, HAS_Y=y is not None, HAS_EXTRA=extra is not None,
-            HAS_GATE=gate is not None, HAS_NORM=scale is not None, num_warps=warps)
-    return out, normed
+            x, *used, each, stride, eps, LIMIT=E4M3_MAX, LEAST=E4M3_LEAST, **_row(channels), TOKENS=block, HAS_Y=y is not None,
+            HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, HAS_NORM=scale is not None, FP8=fp8, num_warps=warps)
+    return out, Rows(normed, factor) if fp8 else normed
 
 
 def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -103,6 +109,16 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, extra: Tensor | None = No
 def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """See ``reference.residual_norm``; one pass. The norm is that of the sum before it is rounded."""
     return _residual_norm(x, y, None, None, shift, scale, eps)
+
+
+def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Rows:
+    """See ``reference.modulate_norm_fp8``; one read, one write. The norm is not rounded before it is scaled."""
+    return _residual_norm(x, None, None, None, shift, scale, eps, fp8=True)[1]
+
+
+def residual_norm_fp8(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Rows]:
+    """See ``reference.residual_norm_fp8``; one pass, and no rounding between the sum, its norm and the scaling."""
+    return _residual_norm(x, y, None, None, shift, scale, eps, fp8=True)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -134,12 +150,14 @@ def linear_attention(
     ksum = torch.empty(batch, parts, heads, dim, **new)
     out = torch.empty_like(keys)
     kernels, half = _kernels("kernels_attention"), qkv.dtype == torch.bfloat16
-    words, key_words = (t.view(torch.int32) if half else t for t in (qkv, keys))
+    words, key_words, gain_words = (t.view(torch.int32) if half else t for t in (qkv, keys, k_weight))
     operand, block = _kernels().operand, max(_block(dim), 32)  # a product's two halves of a head have 16 channels or more
     with torch.cuda.device_of(qkv):
+        sizes = {k: v for k, v in _row(heads).items() if k != "C"}
         kernels.attention_keys_kernel[(parts, batch)](
-            qkv, words, k_weight, cos, sin, keys, key_words, ksum, tokens, norm_eps, WORDS=half,
-            HALF=dim // 2, **_row(width // 2), TOKENS=KEY_TOKENS, num_warps=TUNING["keys"][0])
+            qkv, words, k_weight, gain_words, cos, sin, keys, key_words, ksum, tokens, norm_eps, WORDS=half,
+            NATIVE=kernels.native(), HEADS=heads, HALF=dim // 2, HALF_BLOCK=1 << (dim // 2 - 1).bit_length(), **sizes,
+            TOKENS=KEY_TOKENS, num_warps=TUNING["keys"][0])
         rows, warps, stages = _setting("state", qkv)
         kernels.attention_state_kernel[(batch * heads, splits)](
             qkv, keys, vk, tokens, heads, OPERAND=operand(qkv.dtype), D=dim, BLOCK_D=block, ROWS=rows,
@@ -154,7 +172,35 @@ def linear_attention(
     return out, own
 
 
-def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+    norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """See ``reference.softmax_attention``, for rows of several ``lengths``: every row by itself, into one result."""
+    q = q.contiguous()
+    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+    batch, tokens, channels = q.shape
+    dim, kernels, out = channels // heads, _kernels("kernels_text"), torch.empty_like(q)
+    factor, weight = out, out  # not touched without a norm
+    rows, tiles, warps, stages = TUNING["text"]
+    with torch.cuda.device_of(q):
+        if norm is not None:
+            weight, factor = norm[0].contiguous(), torch.empty(batch, tokens, device=q.device, dtype=torch.float32)
+            kernels.query_factor_kernel[(batch * tokens,)](q, factor, batch * tokens, norm[1], **_row(channels), TOKENS=1,
+                                                              num_warps=1)
+        for i, count in enumerate(lengths):
+            whole = count <= WORDS_HELD
+            kernels.text_attention_kernel[(heads, -(-tokens // (rows * tiles)))](
+                q[i], factor[i], weight, k[i], v[i], out[i], tokens, count, k.stride(1), v.stride(1),
+                dim**-0.5 * 1.4426950408889634, OPERAND=_kernels().operand(q.dtype), HAS_NORM=norm is not None, WHOLE=whole,
+                D=dim, BLOCK_D=_block(dim), ROWS=rows, TILES=tiles, KEYS=_block(count) if whole else WORDS_A_STEP,
+                num_warps=warps, num_stages=stages)
+    return out
+
+
+def gated_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False, out: Tensor | None = None,
+) -> Tensor:
     """See ``reference.gated_depthwise``; one pass, x is left as it is."""
     x = x.contiguous()
     batch, tokens, channels = x.shape
@@ -164,11 +210,12 @@ def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[
     kernels = _kernels("kernels_depthwise")
     strips = -(-width // kernels.COLUMNS)
     taps = weight.reshape(channels, 9).t().contiguous()
-    out = torch.empty(batch, tokens, hidden, device=x.device, dtype=x.dtype)
+    out = torch.empty(batch, tokens, hidden, device=x.device, dtype=x.dtype) if out is None else out
+    half = x.dtype == torch.bfloat16 and hidden % 2 == 0
     with torch.cuda.device_of(x):
         kernels.gated_depthwise_kernel[(-(-hidden // block) * strips * frames,)](
-            x, taps, taps if bias is None else bias.contiguous(), out, height, width, strips, HIDDEN=hidden,
-            HAS_BIAS=bias is not None, BLOCK_C=block, FORM=kernels.silu_form(form), num_warps=warps)
+            x, x.view(torch.int32) if half else x, taps, taps if bias is None else bias.contiguous(), out, height, width, strips,
+            HIDDEN=hidden, HAS_BIAS=bias is not None, WORDS=half, BLOCK_C=block, FORM=kernels.silu_form(form), num_warps=warps)
     return out
 
 
@@ -186,7 +233,21 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     return taps, u.unflatten(1, (frames, -1))[:, -1:]
 
 
-def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def temporal_taps_fp8(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Rows, Tensor]:
+    """See ``reference.temporal_taps_fp8``; the same bits in one pass, and the taps are never written in the model's dtype."""
+    u = u.contiguous()
+    batch, tokens, channels = u.shape
+    size = tokens // frames
+    taps = torch.empty(batch, tokens, 3 * channels, device=u.device, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(batch, tokens, 1, device=u.device, dtype=torch.float32)
+    with torch.cuda.device_of(u):
+        _kernels().temporal_taps_fp8_kernel[(size, batch * frames)](
+            u, u if tail is None else tail.to(u).contiguous(), taps, scale, frames, size, LIMIT=E4M3_MAX, LEAST=E4M3_LEAST,
+            **_row(channels), HAS_TAIL=tail is not None, num_warps=TUNING["taps_fp8"][0])
+    return Rows(taps, scale), u.unflatten(1, (frames, -1))[:, -1:]
+
+
+def row_fp8(x: Tensor) -> Rows:
     """See ``reference.row_fp8``; one read, one write."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty(x.shape, device=x.device, dtype=torch.float8_e4m3fn)
@@ -196,7 +257,7 @@ def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         _kernels().row_fp8_kernel[(-(-len(rows) // block),)](
             rows, out, scale, len(rows), LIMIT=E4M3_MAX, LEAST=E4M3_LEAST, **sizes, TOKENS=block,
             num_warps=min(most, max(1, sizes["MAIN"] // 512)))
-    return out, scale
+    return Rows(out, scale)
 
 
 def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +270,7 @@ def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         _kernels().largest_kernel[(len(largest),)](x, largest, count, VALUES=values, TILES=tiles, num_warps=warps)
         most = largest.amax()
         scale, inverse = e4m3_scale(most)
-        _kernels().scale_kernel[(-(-count // values),)](x, inverse, out, count, LIMIT=E4M3_MAX, VALUES=values, num_warps=warps)
+        _kernels().scale_kernel[(-(-count // values),)](x, inverse, out, count, VALUES=values, num_warps=warps)
     return out, scale
 
 
@@ -222,12 +283,24 @@ def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parit
     return None if dim <= 128 else f"holds a head of at most 128 channels, this one has {dim}"
 
 
+def _text(q, k, v, heads, mask=None, lengths=None, norm=None) -> str | None:
+    if lengths is None or len(set(lengths)) == 1:
+        return "torch's own attention is as fast where all rows have one length"
+    dim = q.shape[-1] // heads
+    if dim > 128:
+        return f"holds a head of at most 128 channels, this one has {dim}"
+    return one_dtype(q, k, v, *(() if norm is None else norm[:1]))
+
+
 def register(operators: dict) -> None:
     """Add these functions to the operators as backend 'triton'."""
     needs = {"devices": ("cuda",), "inference_only": True, "triton": True, "capability": (8, 0), "dtypes": (torch.bfloat16,)}
     checks = {"linear_attention": _not_parity, "rms_norm": has_weight, "temporal_taps": None}
+    operators["softmax_attention"].add("triton", softmax_attention, Constraint(**needs | {"capability": (9, 0)}, check=_text))
     for function in (modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps):
         name = function.__name__
         operators[name].add("triton", function, Constraint(**needs, check=checks.get(name, one_dtype)))
-    operators["row_fp8"].add("triton", row_fp8, Constraint(**needs | {"capability": (8, 9)}))
-    operators["scaled_fp8"].add("triton", scaled_fp8, Constraint(**needs | {"capability": (8, 9)}))
+    e4m3 = needs | {"capability": (8, 9)}
+    for function, check in ((row_fp8, None), (scaled_fp8, None), (modulate_norm_fp8, one_dtype), (residual_norm_fp8, one_dtype),
+                            (temporal_taps_fp8, None)):
+        operators[function.__name__].add("triton", function, Constraint(**e4m3, check=check))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import Constraint
+from . import reference
+from .registry import OPERATORS, Constraint
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,6 +39,15 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     return taps.flatten(1, 2), x[:, -1:]
 
 
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+    norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """See ``reference.softmax_attention``; the norm by its own operator, which has faster forms."""
+    q = q if norm is None else OPERATORS["rms_norm"](q, *norm)
+    return reference.softmax_attention(q, k, v, heads, mask, lengths)
+
+
 def has_weight(x, weight, eps) -> str | None:
     """Reason to refuse an RMSNorm without weight."""
     return "needs a weight" if weight is None else None
@@ -54,4 +64,6 @@ def register(operators: dict) -> None:
     card = {"devices": ("cuda",), "inference_only": True}
     operators["rms_norm"].add("torch-fused", rms_norm, Constraint(**card, check=has_weight))
     operators["gated_residual"].add("torch-fused", gated_residual, Constraint(**card, check=one_dtype))
+    operators["softmax_attention"].add("torch-fused", softmax_attention, Constraint(**card))
+    operators["softmax_attention"].compiled["torch-fused"] = softmax_attention
     operators["temporal_taps"].add("torch-fused", temporal_taps, Constraint(**card))

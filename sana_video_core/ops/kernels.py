@@ -36,15 +36,30 @@ def _residual(x, y, extra, gate, at, inside, HAS_Y: tl.constexpr, HAS_EXTRA: tl.
     return value
 
 
+@triton.jit
+def _size(value):
+    """The bits of the largest size in a row: those of NaN are above all numbers', which a maximum of floats would drop it for."""
+    return tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@triton.jit
+def _row_scale(bits, LIMIT: tl.constexpr, LEAST: tl.constexpr):
+    """(scale, its inverse) that bring a largest size to LIMIT. LEAST: smallest size that a scale is made for."""
+    most = bits.to(tl.float32, bitcast=True)
+    most = tl.where(most < LEAST, LEAST, most)  # NaN stays
+    return most * (1 / LIMIT), tl.div_rn(1.0, most) * LIMIT
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def residual_norm_kernel(
-    x, y, extra, gate, shift, scale, out, normed, tokens, row_stride, eps,
+    x, y, extra, gate, shift, scale, out, normed, factor, tokens, row_stride, eps, LIMIT: tl.constexpr, LEAST: tl.constexpr,
     C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, HAS_Y: tl.constexpr,
-    HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, FP8: tl.constexpr,
 ):
     """``out = x + gate * (y + extra)`` and ``normed = LayerNorm(out) * (1 + scale) + shift``, or one of the two.
 
-    TOKENS tokens of one modulation row (``tokens`` of them each) a program. The norm is that of the float32 sum.
+    TOKENS tokens of one modulation row (``tokens`` of them each) a program. The norm is that of the float32 sum. FP8: it is
+    divided by a scale of the token, which goes into ``factor``.
     """
     row = tl.program_id(1).to(tl.int64)
     a = tl.arange(0, MAIN)
@@ -83,9 +98,21 @@ def residual_norm_kernel(
                 value_b = tl.where(real_b, value_b - mean, 0.0)
                 squares += tl.sum(value_b * value_b, 0)
             inverse = tl.rsqrt(squares / C + eps)
-            tl.store(normed + start + a, (value_a * inverse * gain_a + offset_a).to(normed.dtype.element_ty), mask=inside_a)
+            value_a = value_a * inverse * gain_a + offset_a
             if REST:
-                tl.store(normed + start + b, (value_b * inverse * gain_b + offset_b).to(normed.dtype.element_ty), mask=inside_b)
+                value_b = value_b * inverse * gain_b + offset_b
+            if FP8:
+                most = _size(tl.where(real_a, value_a, 0.0))
+                if REST:
+                    most = tl.maximum(most, _size(tl.where(real_b, value_b, 0.0)))
+                row_scale, inverse = _row_scale(most, LIMIT, LEAST)
+                tl.store(factor + row * tokens + token, row_scale, mask=here)
+                value_a *= inverse
+                if REST:
+                    value_b *= inverse
+            tl.store(normed + start + a, value_a.to(normed.dtype.element_ty), mask=inside_a)
+            if REST:
+                tl.store(normed + start + b, value_b.to(normed.dtype.element_ty), mask=inside_b)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -146,9 +173,47 @@ def temporal_taps_kernel(
 
 
 @triton.jit
-def _cut(value, LIMIT: tl.constexpr):
-    """``value`` within the limits; NaN stays NaN."""
-    return tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))
+def _taps_row(u, tail, place, past, frame, frames, size, n, real, C: tl.constexpr, HAS_TAIL: tl.constexpr):
+    """Channels ``n`` of one token in the frame before, in its own, and in the frame after; float32."""
+    step = size.to(tl.int64) * C
+    before = _float(u + place - step + n, real & (frame > 0))
+    if HAS_TAIL:
+        before = tl.where(frame > 0, before, _float(tail + past + n, real & (frame == 0)))
+    return before, _float(u + place + n, real), _float(u + place + step + n, real & (frame + 1 < frames))
+
+
+@triton.jit(do_not_specialize=["frames", "size"])
+def temporal_taps_fp8_kernel(
+    u, tail, out, factor, frames, size, LIMIT: tl.constexpr, LEAST: tl.constexpr,
+    C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, HAS_TAIL: tl.constexpr,
+):
+    """The three taps of one token ``[3C]`` over a scale of theirs, which goes into ``factor``.
+
+    Tokens of a frame, frames of the batch: the neighbours' rows are still in the cache when their turn comes.
+    """
+    token, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    frame = which % frames
+    a = tl.arange(0, MAIN)
+    b = MAIN + tl.arange(0, REST if REST else 1)
+    real_a, real_b = a < C, b < C
+    row = which * size + token
+    past = ((which // frames) * size + token) * C
+    a0, a1, a2 = _taps_row(u, tail, row * C, past, frame, frames, size, a, real_a, C, HAS_TAIL)
+    most = tl.maximum(tl.maximum(_size(a0), _size(a1)), _size(a2))
+    if REST:
+        b0, b1, b2 = _taps_row(u, tail, row * C, past, frame, frames, size, b, real_b, C, HAS_TAIL)
+        most = tl.maximum(most, tl.maximum(tl.maximum(_size(b0), _size(b1)), _size(b2)))
+    scale, inverse = _row_scale(most, LIMIT, LEAST)
+    tl.store(factor + row, scale)
+    kind = out.dtype.element_ty
+    goal = out + row * (3 * C)
+    tl.store(goal + a, (a0 * inverse).to(kind), mask=real_a)
+    tl.store(goal + C + a, (a1 * inverse).to(kind), mask=real_a)
+    tl.store(goal + 2 * C + a, (a2 * inverse).to(kind), mask=real_a)
+    if REST:
+        tl.store(goal + b, (b0 * inverse).to(kind), mask=real_b)
+        tl.store(goal + C + b, (b1 * inverse).to(kind), mask=real_b)
+        tl.store(goal + 2 * C + b, (b2 * inverse).to(kind), mask=real_b)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -164,11 +229,11 @@ def largest_kernel(x, out, count, VALUES: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def scale_kernel(x, inverse, out, count, LIMIT: tl.constexpr, VALUES: tl.constexpr):
-    """``x * inverse`` cut at the limits of ``out``'s type; a NaN stays one."""
+def scale_kernel(x, inverse, out, count, VALUES: tl.constexpr):
+    """``x * inverse`` in ``out``'s type, which holds them."""
     at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     inside = at < count
-    value = _cut(_float(x + at, inside) * tl.load(inverse), LIMIT)
+    value = _float(x + at, inside) * tl.load(inverse)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -186,14 +251,12 @@ def row_fp8_kernel(
         here = token < tokens
         start = token * C
         value_a = _float(x + start + a, real_a & here)
-        most, broken = tl.max(tl.abs(value_a), 0), tl.sum((value_a != value_a).to(tl.int32), 0)  # a maximum drops NaN
+        most = _size(value_a)
         if REST:
             value_b = _float(x + start + b, real_b & here)
-            most = tl.maximum(most, tl.max(tl.abs(value_b), 0))
-            broken += tl.sum((value_b != value_b).to(tl.int32), 0)
-        most = tl.where(broken > 0, float("nan"), tl.maximum(most, LEAST))
-        tl.store(scale + token, most * (1 / LIMIT), mask=here)
-        inverse = tl.div_rn(1.0, most) * LIMIT
-        tl.store(out + start + a, _cut(value_a * inverse, LIMIT).to(out.dtype.element_ty), mask=real_a & here)
+            most = tl.maximum(most, _size(value_b))
+        row_scale, inverse = _row_scale(most, LIMIT, LEAST)
+        tl.store(scale + token, row_scale, mask=here)
+        tl.store(out + start + a, (value_a * inverse).to(out.dtype.element_ty), mask=real_a & here)
         if REST:
-            tl.store(out + start + b, _cut(value_b * inverse, LIMIT).to(out.dtype.element_ty), mask=real_b & here)
+            tl.store(out + start + b, (value_b * inverse).to(out.dtype.element_ty), mask=real_b & here)

@@ -8,8 +8,14 @@ whole (``WORDS``): ``qkv`` then comes a second time as int32.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+def native() -> bool:
+    """Whether the kernels may use NVIDIA's own instructions: not in Triton's interpreter, not on other cards."""
+    return torch.version.cuda is not None and not triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -38,71 +44,81 @@ def _rotated(a, b, cos, sin, n, j, inside, HALF: tl.constexpr):
 
 
 @triton.jit
-def _bfloat_word(first, second):
-    """Two float32 values as the bfloat16 halves of one word."""
+def _bfloat_word(first, second, NATIVE: tl.constexpr):
+    """Two float32 values as the bfloat16 halves of one word; NATIVE: by the one instruction that NVIDIA's cards have for it."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True,
+                                         pack=1)
     low = first.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | (second.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
-def _put_keys(keys, key_words, goal, a, b, turn_c, turn_s, inside, WORDS: tl.constexpr):
-    """Store the pairs ``(a, b)`` turned."""
-    a, b = a * turn_c - b * turn_s, a * turn_s + b * turn_c
+def _put_keys(keys, key_words, goal, a, b, turn_c, turn_s, inside, WORDS: tl.constexpr, NATIVE: tl.constexpr):
+    """Store the pairs ``(a, b) [heads, pairs]`` turned."""
+    a, b = a * turn_c[None, :] - b * turn_s[None, :], a * turn_s[None, :] + b * turn_c[None, :]
     if WORDS:
-        tl.store(key_words + goal, _bfloat_word(a, b), mask=inside)
+        tl.store(key_words + goal, _bfloat_word(a, b, NATIVE), mask=inside)
     else:
         tl.store(keys + 2 * goal, a.to(keys.dtype.element_ty), mask=inside)
         tl.store(keys + 2 * goal + 1, b.to(keys.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _put_sums(total, place, a, b, inside):
+    tl.store(total + 2 * place, a, mask=inside)
+    tl.store(total + 2 * place + 1, b, mask=inside)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def attention_keys_kernel(
-    qkv, words, weight, cos, sin, keys, key_words, ksum, tokens, eps, WORDS: tl.constexpr,
-    HALF: tl.constexpr, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr,
+    qkv, words, weight, gain_words, cos, sin, keys, key_words, ksum, tokens, eps, WORDS: tl.constexpr, NATIVE: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """The rotated keys ``[tokens, C pairs]`` of every token, and the sum of the unrotated ones over TOKENS tokens.
+    """The rotated keys ``[tokens, pairs of all heads]``, and the sum of the unrotated ones over TOKENS tokens.
 
-    A program holds all heads of a token (pairs as MAIN and REST, see ``kernels.py``): the key norm needs them, and the rotary
-    table of HALF pairs is read once instead of once a head.
+    A program holds all heads of a token (``[MAIN, HALF_BLOCK]`` pairs and REST heads more, see ``kernels.py``): the key norm
+    needs them, and the rotary table of HALF pairs is read once instead of once a head.
     """
-    p = tl.arange(0, MAIN)
-    r = MAIN + tl.arange(0, REST if REST else 1)
-    real_p, real_r = p < C, r < C
+    j = tl.arange(0, HALF_BLOCK)
+    real = j < HALF
+    h = tl.arange(0, MAIN)
+    p, real_p = h[:, None] * HALF + j[None, :], (h < HEADS)[:, None] & real[None, :]
+    g = MAIN + tl.arange(0, REST if REST else 1)
+    r, real_r = g[:, None] * HALF + j[None, :], (g < HEADS)[:, None] & real[None, :]
     batch = tl.program_id(1).to(tl.int64)
-    gain_a, gain_b = _both(weight, p, real_p)
-    sum_a, sum_b = tl.zeros((MAIN,), tl.float32), tl.zeros((MAIN,), tl.float32)
+    sum_a, sum_b = tl.zeros((MAIN, HALF_BLOCK), tl.float32), tl.zeros((MAIN, HALF_BLOCK), tl.float32)
     if REST:
-        more_gain_a, more_gain_b = _both(weight, r, real_r)
-        more_a, more_b = tl.zeros((REST,), tl.float32), tl.zeros((REST,), tl.float32)
+        more_a, more_b = tl.zeros((REST, HALF_BLOCK), tl.float32), tl.zeros((REST, HALF_BLOCK), tl.float32)
     for i in range(TOKENS):
         n = tl.program_id(0) * TOKENS + i
         here = n < tokens
-        token, turn = batch * tokens + n, n * HALF
-        a, b = _pairs(qkv, words, (token * 3 + 1) * C + p, real_p & here, WORDS)
-        squares = tl.sum(a * a + b * b, 0)
+        token = batch * tokens + n
+        key = (token * 3 + 1) * (HEADS * HALF)
+        a, b = _pairs(qkv, words, key + p, real_p & here, WORDS)
+        squares = tl.sum(a * a + b * b)
         if REST:
-            e, f = _pairs(qkv, words, (token * 3 + 1) * C + r, real_r & here, WORDS)
-            squares += tl.sum(e * e + f * f, 0)
-        inverse = tl.rsqrt(squares / (2 * C) + eps)
-        a, b = tl.maximum(a * inverse * gain_a, 0.0), tl.maximum(b * inverse * gain_b, 0.0)
-        sum_a += a
-        sum_b += b
-        c = tl.load(cos + turn + p % HALF, mask=real_p & here, other=0.0)
-        s = tl.load(sin + turn + p % HALF, mask=real_p & here, other=0.0)
-        _put_keys(keys, key_words, token * C + p, a, b, c, s, real_p & here, WORDS)
+            e, f = _pairs(qkv, words, key + r, real_r & here, WORDS)
+            squares += tl.sum(e * e + f * f)
+        inverse = tl.rsqrt(squares / (2 * HEADS * HALF) + eps)  # positive: it may come after the ReLU
+        c = tl.load(cos + n * HALF + j, mask=real & here, other=0.0) * inverse
+        s = tl.load(sin + n * HALF + j, mask=real & here, other=0.0) * inverse
+        gain_a, gain_b = _pairs(weight, gain_words, p, real_p, WORDS)
+        a, b = tl.maximum(a * gain_a, 0.0), tl.maximum(b * gain_b, 0.0)
+        sum_a += a * inverse
+        sum_b += b * inverse
+        _put_keys(keys, key_words, token * (HEADS * HALF) + p, a, b, c, s, real_p & here, WORDS, NATIVE)
         if REST:
-            e, f = tl.maximum(e * inverse * more_gain_a, 0.0), tl.maximum(f * inverse * more_gain_b, 0.0)
-            more_a += e
-            more_b += f
-            c = tl.load(cos + turn + r % HALF, mask=real_r & here, other=0.0)
-            s = tl.load(sin + turn + r % HALF, mask=real_r & here, other=0.0)
-            _put_keys(keys, key_words, token * C + r, e, f, c, s, real_r & here, WORDS)
-    total = ksum + (batch * tl.num_programs(0) + tl.program_id(0)) * 2 * C
-    tl.store(total + 2 * p, sum_a, mask=real_p)
-    tl.store(total + 2 * p + 1, sum_b, mask=real_p)
+            gain_a, gain_b = _pairs(weight, gain_words, r, real_r, WORDS)
+            e, f = tl.maximum(e * gain_a, 0.0), tl.maximum(f * gain_b, 0.0)
+            more_a += e * inverse
+            more_b += f * inverse
+            _put_keys(keys, key_words, token * (HEADS * HALF) + r, e, f, c, s, real_r & here, WORDS, NATIVE)
+    total = ksum + (batch * tl.num_programs(0) + tl.program_id(0)) * (2 * HEADS * HALF)
+    _put_sums(total, p, sum_a, sum_b, real_p)
     if REST:
-        tl.store(total + 2 * r, more_a, mask=real_r)
-        tl.store(total + 2 * r + 1, more_b, mask=real_r)
+        _put_sums(total, r, more_a, more_b, real_r)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])

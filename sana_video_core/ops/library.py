@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import fused
-from .reference import ATTENTION_EPS, Contribution
+from .reference import ATTENTION_EPS, Contribution, Rows
 
 # The package's own name: two copies of it in one process must not define one operator twice.
 NAMESPACE = re.sub(r"\W", "_", __package__)
@@ -64,9 +64,36 @@ _temporal_taps = _define(
     lambda u, frames, tail: fused.temporal_taps(u, frames, tail)[0],
     lambda u, frames, tail: u.new_empty(u.shape[0], u.shape[1], 3 * u.shape[2]))
 
-_row_fp8 = _define(
-    "row_fp8(Tensor x) -> (Tensor, Tensor)", fused.row_fp8,
-    lambda x: (x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)))
+
+def _softmax(q, k, v, heads, lengths, weight, eps):
+    return fused.softmax_attention(q, k, v, heads, None, tuple(lengths), None if weight is None else (weight, eps))
+
+
+_softmax_attention = _define(
+    "softmax_attention(Tensor q, Tensor k, Tensor v, int heads, int[] lengths, Tensor? weight, float eps) -> Tensor", _softmax,
+    _like)
+
+
+def _rows_like(x: Tensor, *_, times: int = 1) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], times * x.shape[-1])
+    return x.new_empty(shape, dtype=torch.float8_e4m3fn), x.new_empty((*shape[:-1], 1), dtype=torch.float32)
+
+
+def _residual_norm_rows(x, y, shift, scale, eps):
+    total, rows = fused.residual_norm_fp8(x, y, shift, scale, eps)
+    return total, *rows
+
+
+_row_fp8 = _define("row_fp8(Tensor x) -> (Tensor, Tensor)", lambda x: tuple(fused.row_fp8(x)), _rows_like)
+_modulate_norm_fp8 = _define(
+    "modulate_norm_fp8(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    lambda *call: tuple(fused.modulate_norm_fp8(*call)), _rows_like)
+_residual_norm_fp8 = _define(
+    "residual_norm_fp8(Tensor x, Tensor y, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    _residual_norm_rows, lambda x, *_: (_like(x), *_rows_like(x)))
+_temporal_taps_fp8 = _define(
+    "temporal_taps_fp8(Tensor u, int frames, Tensor? tail) -> (Tensor, Tensor)",
+    lambda u, frames, tail: tuple(fused.temporal_taps_fp8(u, frames, tail)[0]), lambda u, *_: _rows_like(u, times=3))
 _scaled_fp8 = _define(
     "scaled_fp8(Tensor x) -> (Tensor, Tensor)", fused.scaled_fp8,
     lambda x: (x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((), dtype=torch.float32)))
@@ -97,16 +124,40 @@ def linear_attention(
     return out, Contribution(vk, ksum)
 
 
-def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False) -> Tensor:
-    return _gated_depthwise(x, weight, bias, *grid)
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+    norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    weight, eps = (None, 0.0) if norm is None else norm
+    return _softmax_attention(q, k, v, heads, list(lengths), weight, eps)
+
+
+def gated_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False, out: Tensor | None = None,
+) -> Tensor:
+    made = _gated_depthwise(x, weight, bias, *grid)
+    return made if out is None else out.copy_(made)
 
 
 def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _temporal_taps(u, frames, tail), u.unflatten(1, (frames, -1))[:, -1:]
 
 
-def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _row_fp8(x)
+def row_fp8(x: Tensor) -> Rows:
+    return Rows(*_row_fp8(x))
+
+
+def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Rows:
+    return Rows(*_modulate_norm_fp8(x, shift, scale, eps))
+
+
+def residual_norm_fp8(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Rows]:
+    total, *rows = _residual_norm_fp8(x, y, shift, scale, eps)
+    return total, Rows(*rows)
+
+
+def temporal_taps_fp8(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Rows, Tensor]:
+    return Rows(*_temporal_taps_fp8(u, frames, tail)), u.unflatten(1, (frames, -1))[:, -1:]
 
 
 def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,8 +165,8 @@ def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 COMPILED = (
-    modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps, row_fp8,
-    scaled_fp8)
+    modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, softmax_attention, gated_depthwise, temporal_taps,
+    row_fp8, scaled_fp8, modulate_norm_fp8, residual_norm_fp8, temporal_taps_fp8)
 
 
 def register(operators: dict) -> None:

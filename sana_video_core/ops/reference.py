@@ -29,6 +29,13 @@ class Contribution(NamedTuple):
     ksum: Tensor
 
 
+class Rows(NamedTuple):
+    """Rows in E4M3: ``values`` ``[..., C]`` times ``scale`` ``[..., 1]`` (float32)."""
+
+    values: Tensor
+    scale: Tensor
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis; float32 inside, also for the product with ``weight`` (model spec 1.5)."""
     y = x.float()
@@ -101,12 +108,16 @@ def linear_attention(
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+    norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """Cross attention of ``q [B, N, C]`` over text ``k, v [B, L, C]``; ``mask [B, L]`` True = valid (model spec 1.8).
 
     ``lengths``: how many leading text tokens of each row are valid, where the caller knows. Leaving the others out is the
-    same as masking them, and keeps torch's attention without a mask available.
+    same as masking them, and keeps torch's attention without a mask available. ``norm``: weight and eps of an RMSNorm over
+    all channels of q that comes first.
     """
+    if norm is not None:
+        q = rms_norm(q, *norm)
     if lengths is not None:
         if len(set(lengths)) > 1:
             return torch.cat([softmax_attention(q[i:i + 1], k[i:i + 1], v[i:i + 1], heads, None, (n,))
@@ -118,18 +129,18 @@ def softmax_attention(
 
 
 def gated_depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False, out: Tensor | None = None,
 ) -> Tensor:
     """SiLU, depthwise 3x3 with zero padding on every frame, then ``a * SiLU(g)`` of the two halves (model spec 1.9).
 
     x ``[B', N, 2E]`` with N a multiple of ``h*w`` -> ``[B', N, E]``; weight ``[2E, 1, 3, 3]``. ``overwrite``: the caller
-    does not need x again, so its memory may be used.
+    does not need x again, so its memory may be used. ``out``: where the result goes, of its shape and contiguous.
     """
     batch, tokens, channels = x.shape
     frames = F.silu(x, inplace=overwrite).reshape(-1, *grid, channels).permute(0, 3, 1, 2)  # a channels-last view, no copy
     frames = F.conv2d(frames, weight, bias, padding=1, groups=channels)
     a, g = frames.permute(0, 2, 3, 1).reshape(batch, tokens, channels).chunk(2, -1)
-    return a * F.silu(g)
+    return torch.mul(a, F.silu(g), out=out)
 
 
 def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +151,9 @@ def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return _e4m3(x.float(), x.abs().amax().float())
 
 
-def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def row_fp8(x: Tensor) -> Rows:
     """As :func:`scaled_fp8` with a scale for each row, ``[..., 1]``."""
-    return _e4m3(x.float(), x.abs().amax(-1, keepdim=True).float())
+    return Rows(*_e4m3(x.float(), x.abs().amax(-1, keepdim=True).float()))
 
 
 def _e4m3(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,3 +178,20 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     left = torch.zeros_like(x[:, :1]) if tail is None else tail.to(x)
     taps = torch.cat((torch.cat((left, x[:, :-1]), 1), x, torch.cat((x[:, 1:], torch.zeros_like(left)), 1)), -1)
     return taps.flatten(1, 2), x[:, -1:]
+
+
+def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Rows:
+    """:func:`modulate_norm` as the :class:`Rows` that a product reads."""
+    return row_fp8(modulate_norm(x, shift, scale, eps))
+
+
+def residual_norm_fp8(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Rows]:
+    """:func:`residual_norm` with the norm as :class:`Rows`."""
+    total, normed = residual_norm(x, y, shift, scale, eps)
+    return total, row_fp8(normed)
+
+
+def temporal_taps_fp8(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Rows, Tensor]:
+    """:func:`temporal_taps` with the taps as :class:`Rows`."""
+    taps, own_tail = temporal_taps(u, frames, tail)
+    return row_fp8(taps), own_tail

@@ -192,10 +192,14 @@ class _Run:
                  recompute: bool, on_step: StepHook | None):
         self.model, self.spec, self.recipe, self.batch, self.size = model, spec, recipe, batch, size
         self.device, self.parity, self.recompute, self.on_step = device, parity, recompute, on_step
-        self._draw, self._ready, self._doubt = noise, {}, None
+        self._draw, self._ready, self._doubt, self._texts = noise, {}, None, None
 
     def texts(self, condition: Condition) -> tuple[Caption, str]:
-        return rows_of(condition, self.batch, self.recipe.cfg, self.device), caption_key(condition, self.recipe.cfg)
+        """Rows and key of a block's texts; made once where the next block has the same (a key waits for the card)."""
+        if self._texts is None or self._texts[0] is not condition:
+            cfg = self.recipe.cfg
+            self._texts = condition, rows_of(condition, self.batch, cfg, self.device), caption_key(condition, cfg)
+        return self._texts[1:]
 
     def switch(self, span: Span, state: RecurrentState, rows: Caption, key: str) -> RecurrentState:
         """At a prompt change the block before is committed again with the new text (causal spec 4.5).

@@ -125,7 +125,7 @@ class BlockCausal:
         return torch.cat((left, x, right), -1).flatten(1, 2), x[:, -1:]
 
     def cross(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths=None,
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths=None, norm=None,
     ) -> Tensor:
         """As ``reference.softmax_attention``; the K captions of a row stand one after another and a frame reads its own."""
         text = self.layout.text
@@ -134,7 +134,7 @@ class BlockCausal:
                 for t in (k, v))
         own = mask.unflatten(1, (captions, -1))  # [B, K, L]
         seen = (text.bool()[..., None] & own[:, None]).any(2).flatten(0, 1)
-        out = reference.softmax_attention(q.unflatten(1, (frames, -1)).flatten(0, 1), k, v, heads, seen)
+        out = reference.softmax_attention(q.unflatten(1, (frames, -1)).flatten(0, 1), k, v, heads, seen, norm=norm)
         return out.unflatten(0, (batch, frames)).flatten(1, 2)
 
 

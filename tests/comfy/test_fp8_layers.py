@@ -47,6 +47,47 @@ def test_a_scale_for_every_row(world, monkeypatch, compiled):
     assert relative(together[:, 2], exact[:, 2]) > 0.05
 
 
+def test_rows_that_come_scaled(world, monkeypatch):
+    """What makes the rows has scaled them: the same product, for the layers and inputs that take it."""
+    layers = ip.pack_module("nodes.fp8_layers")
+    layer = fp8_layer(world).to(torch.bfloat16)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert not layer.takes_rows(x)  # a CPU
+    monkeypatch.setattr(layers, "multiplies_rows", lambda device: True)
+    assert layer.takes_rows(x) and not layer.takes_rows(x.float())
+    assert not fp8_layer(world, _full_precision_mm=True).takes_rows(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(layers.ops.row_fp8(x)), layer(x))
+
+
+def test_the_network_hands_over_scaled_rows(world, monkeypatch):
+    """A whole network in fp8 whose norms and taps are scaled where they are made, against scaling in the layers."""
+    import comfy.model_management
+
+    patcher = load(tiny(world), "fp8")
+    comfy.model_management.load_models_gpu([patcher])
+    network = patcher.model.diffusion_model.to(torch.bfloat16)
+    for module in network.modules():
+        if getattr(module, "quant_format", None):
+            module._full_precision_mm = False
+    network.compute_dtype = torch.bfloat16
+    spec, layers = network.spec, ip.pack_module("nodes.fp8_layers")
+    noise = torch.Generator().manual_seed(5)
+    latent = torch.randn(2, spec.channels, 3, 4, 6, generator=noise).bfloat16()
+    caption = torch.randn(2, 9, spec.caption_channels, generator=noise).bfloat16()
+    monkeypatch.setattr(layers, "multiplies_rows", lambda device: True)
+    calls = []
+    for name in ("modulate_norm_fp8", "residual_norm_fp8", "temporal_taps_fp8"):
+        op = layers.ops.OPERATORS[name]
+        monkeypatch.setattr(op, "reference", lambda *a, n=name, f=op.reference, **k: (calls.append(n), f(*a, **k))[1])
+    with torch.inference_mode():
+        found = network(latent, torch.tensor([500.0, 500.0]), caption)
+        monkeypatch.setattr(ip.pack_module("sana_video_core.dit.layers"), "takes_rows", lambda linear, x: False)
+        expected = network(latent, torch.tensor([500.0, 500.0]), caption)
+    assert sorted(calls) == sorted(["modulate_norm_fp8", "residual_norm_fp8", "temporal_taps_fp8"] * spec.depth)
+    assert torch.equal(found, expected)
+
+
 def test_a_device_without_such_products_is_found_out():
     layers = ip.pack_module("nodes.fp8_layers")
     assert layers.multiplies_rows(torch.device("cpu")) is False  # it has them, and they are slow
@@ -65,7 +106,9 @@ def test_who_gets_a_scaled_input(world):
         assert not takes(fp8_layer(world, **changes), x), changes
     assert not takes(fp8_layer(world), x.requires_grad_())
     layers = ip.pack_module("nodes.fp8_layers")
-    assert not takes(fp8_layer(world), layers.scaled(x.detach(), "TensorCoreFP8E4M3Layout"))
+    x = x.detach()
+    finished = layers.quantised(*layers.ops.scaled_fp8(x), "TensorCoreFP8E4M3Layout", x.dtype)
+    assert not takes(fp8_layer(world), finished)
     assert layers.with_scaled_inputs(torch.nn) is torch.nn
 
 

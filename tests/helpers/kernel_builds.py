@@ -66,6 +66,11 @@ def network_calls(fused) -> None:
     fused.scaled_fp8(x)
     fused.row_fp8(x)
     fused.row_fp8(new(1, tokens, hidden))
+    fused.modulate_norm_fp8(x, rows, rows)
+    fused.residual_norm_fp8(x, y, rows, rows)
+    fused.temporal_taps_fp8(x, 21, new(1, 1, 1560, width))
+    words = new(2, 300, width)
+    fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 300), (weight, 1e-6))
     table = [new(60, 8, dtype=torch.float32)] * 2
     fused.linear_attention(new(1, 60, 3 * 48), new(48), new(48), *table, 3)  # heads of 16 channels
 

@@ -24,7 +24,7 @@ def test_kernels_build_and_fit(capability, options, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     kernels = {"residual_norm", "rms", "attention_keys", "attention_state", "attention_apply", "gated_depthwise",
-               "temporal_taps", "largest", "scale", "row_fp8"}
+               "temporal_taps", "largest", "scale", "row_fp8", "temporal_taps_fp8", "query_factor", "text_attention"}
     if not options:
         kernels |= {"frame_conv", "window", "gather_taps"}
     assert {row["kernel"] for row in rows} == {f"{name}_kernel" for name in kernels}

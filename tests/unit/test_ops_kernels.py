@@ -42,6 +42,14 @@ def close(found, expected, dtype=None) -> None:
     assert error < (8e-3 if (dtype or found.dtype) == torch.bfloat16 else 2e-6)
 
 
+def same_e4m3(found, expected) -> None:
+    """Equal but for what the interpreter does: it goes by float16, and loses the carry where rounding reaches the next power
+    of two; on a card all bits are equal (tests/gpu)."""
+    bits, right = found.view(torch.uint8).int(), expected.view(torch.uint8).int()
+    assert bool(((bits == right) | (right % 8 == 0) | ((bits - right).abs() == 1)).all())
+    assert (bits != right).float().mean() < 0.1
+
+
 def wide(*args):
     return [a.float() if isinstance(a, torch.Tensor) else a for a in args]
 
@@ -111,11 +119,50 @@ def test_fp8(seed, name, monkeypatch):
         (found, scale), (expected, truth) = ours(x), truth_of(x)
         assert torch.equal(scale, truth) and found.dtype == torch.float8_e4m3fn and found.shape == x.shape
         assert float(expected.float().abs().max()) == reference.E4M3_MAX
-        bits, right = found.view(torch.uint8).int(), expected.view(torch.uint8).int()
-        # The interpreter goes by float16, and loses the carry where rounding reaches the next power of two; on a card all
-        # bits are equal (tests/gpu).
-        assert bool(((bits == right) | (right % 8 == 0) | ((bits - right).abs() == 1)).all())
-        assert (bits != right).float().mean() < 0.1
+        same_e4m3(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_rows_scaled_by_what_makes_them(seed):
+    """Norms against the unrounded norm: no further off than scaling alone. Taps: the same as scaling them afterwards."""
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    tokens, channels = frames * height * width, heads * dim
+    x, y = noise(batch, tokens, channels), noise(batch, tokens, channels)
+    x = scattered(x) if seed % 3 == 0 else x
+    shift, scale = noise(batch, frames if seed % 2 else 1, 2, channels).unbind(2)
+    total, joined = fused.residual_norm_fp8(x, y, shift, scale)
+    expected, normed = reference.residual_norm(*wide(x, y, shift, scale))
+    close(total, expected)
+    alone = fused.modulate_norm_fp8(x, shift, scale), reference.modulate_norm(*wide(x, shift, scale))
+    for rows, truth in ((joined, normed), alone):
+        expected = reference.row_fp8(truth)
+        assert rows.scale.shape == (batch, tokens, 1) and torch.allclose(rows.scale, expected.scale, rtol=1e-5)
+        same_e4m3(rows.values, expected.values)
+    for tail in (None, noise(batch, 1, height * width, channels)):
+        taps, own = fused.temporal_taps_fp8(x, frames, tail)
+        plain, own_too = fused.temporal_taps(x, frames, tail)
+        again = fused.row_fp8(plain)
+        assert torch.equal(taps.values.view(torch.uint8), again.values.view(torch.uint8))
+        assert torch.equal(taps.scale, again.scale) and torch.equal(own, own_too)
+
+
+@pytest.mark.parametrize("seed", range(2 * CASES))
+def test_text_attention(seed, monkeypatch):
+    """Rows of several lengths, with and without a norm; keys and values that are halves of one tensor."""
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    monkeypatch.setitem(fused.TUNING, "text", (16, 2, 4, 2))  # several programs and steps at these sizes
+    monkeypatch.setattr(fused, "WORDS_HELD", 16)
+    monkeypatch.setattr(fused, "WORDS_A_STEP", 16)
+    channels, words = heads * dim, random.Random(seed).choice((1, 7, 16, 40))
+    q = noise(batch, frames * height * width, channels)
+    q = scattered(q) if seed % 4 == 1 else q
+    k, v = noise(batch, words, 2 * channels).chunk(2, -1)
+    weight = noise(channels, scale=0.1) + 1
+    lengths = tuple(random.Random(seed + i).randint(1, words) for i in range(batch))
+    for norm in (None, (weight, 1e-6)):
+        found = fused.softmax_attention(q, k, v, heads, None, lengths, norm)
+        exact = None if norm is None else (weight.float(), 1e-6)
+        close(found, reference.softmax_attention(*wide(q, k, v), heads, None, lengths, exact), q.dtype)
 
 
 def test_row_fp8_of_zeros_and_of_nan():
