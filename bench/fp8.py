@@ -76,7 +76,7 @@ def quality(report: Report, loading, clips: int) -> None:
     """Errors against float32, then the judge's verdict of the same clips in both precisions."""
     path = files()["transformer"]
     networks = {name: Loaded(loading, path, name) for name in ("fp32", "bf16", "fp8")}
-    model = evaluate.MiniModel(networks["bf16"].device)
+    model = evaluate.MiniModel(networks["bf16"].device, dtype=networks["bf16"].dtype)
     text = model.text.positive([PROMPT])
     truth = passes(networks["fp32"], text)
     for name in ("bf16", "fp8"):

@@ -18,9 +18,10 @@ from ..specs import ModelSpec
 from ..state import LayerState
 from .embeddings import patchify
 
-# Working memory that one pass of the FFN's hidden layer may take. Frames are independent there, so more passes give the
-# same values; this bounds the peak on small cards and stays far above the size where a GPU is no longer full.
-FFN_PASS_BYTES = 900_000_000  # 21 latent frames of 832x480 in bf16: a clip in one pass, a CFG pair in two
+# Working memory that one pass of the FFN's hidden layer may take where it does not fit as a whole; a whole one may take half as
+# much again. Frames are independent there, so more passes give the same values; this bounds the peak on small cards and stays
+# far above the size where a GPU is no longer full. A clip of 832x480x81 in bf16 goes as a whole, a CFG pair in three passes.
+FFN_PASS_BYTES = 600_000_000
 
 
 class Context(NamedTuple):
@@ -224,9 +225,12 @@ class MixFFN(nn.Module):
         """
         values = x.values if isinstance(x, ops.Rows) else x
         hidden, frame = self.point_conv.conv.in_features, grid[0] * grid[1]
-        size = max(1, FFN_PASS_BYTES // (frame * 2 * hidden * max(2, values.element_size()))) * frame
-        if size >= values.shape[0] * values.shape[1] or torch.is_grad_enabled():
+        frames = values.shape[0] * values.shape[1] // frame
+        frame_bytes = frame * 2 * hidden * max(2, values.element_size())
+        if 2 * frames * frame_bytes <= 3 * FFN_PASS_BYTES or torch.is_grad_enabled():
             return self.point_conv(self.depth_conv.conv(self.inverted_conv(x), grid))
+        passes = -(-frames // max(1, FFN_PASS_BYTES // frame_bytes))
+        size = -(-frames // passes) * frame
         gated = None
         for start, piece in enumerate(_pieces(x, size)):
             wide = self.inverted_conv(piece)

@@ -144,7 +144,7 @@ class FusedDecoder:
         history = None if cache.slots[slot] is None else _padded(cache.slots[slot], window)
         new = window[:, 2:]
         if new.shape[1] > 1:
-            last = new[:, -2:].clone()
+            last = new[:, -2:].clone(memory_format=torch.contiguous_format)  # with the strides that _padded knows again
         else:
             last = torch.cat((torch.zeros_like(new) if history is None else history[:, 1:], new), 1)
         cache.slots[slot] = last[:, :, 1:-1, 1:-1].movedim(-1, 1)

@@ -82,7 +82,12 @@ def test_the_network_hands_over_scaled_rows(world, monkeypatch):
         monkeypatch.setattr(op, "reference", lambda *a, n=name, f=op.reference, **k: (calls.append(n), f(*a, **k))[1])
     with torch.inference_mode():
         found = network(latent, torch.tensor([500.0, 500.0]), caption)
-        monkeypatch.setattr(ip.pack_module("sana_video_core.dit.layers"), "takes_rows", lambda linear, x: False)
+        inside = ip.pack_module("sana_video_core.dit.layers")
+        with monkeypatch.context() as patch:
+            patch.setattr(inside, "FFN_PASS_BYTES", 1)  # a frame at a time
+            assert torch.equal(network(latent, torch.tensor([500.0, 500.0]), caption), found)
+        del calls[3 * spec.depth:]
+        monkeypatch.setattr(inside, "takes_rows", lambda linear, x: False)
         expected = network(latent, torch.tensor([500.0, 500.0]), caption)
     assert sorted(calls) == sorted(["modulate_norm_fp8", "residual_norm_fp8", "temporal_taps_fp8"] * spec.depth)
     assert torch.equal(found, expected)
