@@ -14,6 +14,7 @@ BENCHMARKS = {
     "comfy_step": "the three layouts bit for bit, and the step inside ComfyUI's layers: comfy_step BASE [--tiny]",
     "comfy_server": "the real server, end to end, in three memory modes: comfy_server BASE [--tiny]",
     "fp8": "fp8 against bf16: the embedded model judged, the pace of long video (GPU): fp8 BASE [--tiny] [--clips N]",
+    "step_cache": "EasyCache and LazyCache against the exact clip, embedded model: step_cache [--tiny] [--clips N]",
     "memory": "LongSANA's memory at every block, beside the official cache list (GPU): memory [--tiny] [--blocks N] [--steps N]",
     "longsana": "a minute of LongSANA: network alone, and noise to mp4 (GPU): longsana [--tiny] [--part dit|file] [--blocks N]",
     "wan_decode": "the Wan VAE's streaming decode beside diffusers (GPU): wan_decode [--tiny]",

@@ -2,8 +2,8 @@
 
 ``run.py bench dit [--tiny] [--size 480p|720p_ltx2] [--compiled]``. Rows: ``dit_480p_cfg_step_bf16``, one call of batch 2 as in
 ComfyUI and in the pipelines of diffusers and the official code, and ``..._two_calls`` of batch 1, as ComfyUI does at short
-memory; both sides in the same way. ``--compiled`` times diffusers under torch.compile too (batch 2). The check comes first: against the reference operators in float32 our bf16 error must not be
-over twice diffusers' own.
+memory; both sides in the same way. ``--compiled`` times diffusers under torch.compile too (batch 2). The check comes first:
+against the reference operators in float32 our bf16 error must not be over twice diffusers' own.
 """
 
 from __future__ import annotations
