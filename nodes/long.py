@@ -182,13 +182,16 @@ class Network:
         import comfy.model_management
 
         with comfy.model_management.cuda_device_context(self.device):
-            return function(self._network(), *args, on_block=self._hook, **options)
+            return function(self._network(), *args, **options)
 
     def __call__(self, latent, timestep, caption, mask=None, *, state=None):
-        return self._run(self._core.forward, latent, timestep, caption, mask, state=state)
+        return self._run(self._core.forward, latent, timestep, caption, mask, state=state, on_block=self._hook)
 
     def absorb(self, latent, caption, mask=None, *, state=None):
-        return self._run(self._core.absorb, latent, caption, mask, state=state)
+        return self._run(self._core.absorb, latent, caption, mask, state=state, on_block=self._hook)
+
+    def read_text(self, caption, mask=None):
+        return self._run(self._core.read_text, caption, mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------- texts

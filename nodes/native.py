@@ -44,6 +44,8 @@ class SanaVideoDiT(SanaVideoTransformer):
         transformer_options = transformer_options or {}
         wrappers = comfy.patcher_extension.get_all_wrappers(
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
+        if wrappers:  # EasyCache of ComfyUI 0.30 writes into its input, which in float32 is the sampler's own latent
+            x = x.clone()
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timestep, context, transformer_options, **kwargs)
 

@@ -29,16 +29,28 @@ class Context(NamedTuple):
 
     ``grid`` (frames, height, width) in tokens; ``rows`` time modulation ``[B, F, 6, C]`` (F = 1 or frames);
     ``text`` ``[B, L, C]``; ``mask`` ``[B, L]`` bool or None; ``cos``, ``sin`` rotary table; ``lengths`` valid text
-    tokens of each row when known (then ``mask`` says the same).
+    tokens of each row when known (then ``mask`` says the same); ``read`` this block's keys and values of the text where they
+    have been made before (then ``text`` may be None).
     """
 
     grid: tuple[int, int, int]
     rows: Tensor
-    text: Tensor
+    text: Tensor | None
     mask: Tensor | None
     cos: Tensor
     sin: Tensor
     lengths: tuple[int, ...] | None = None
+    read: tuple[Tensor, Tensor] | None = None
+
+
+class Text(NamedTuple):
+    """A prompt as the network reads it: ``features`` ``[B, L, C]`` or None, ``mask`` and ``lengths`` as in :class:`Context`,
+    ``read``: keys and values of every block, where they are kept."""
+
+    features: Tensor | None
+    mask: Tensor | None
+    lengths: tuple[int, ...] | None
+    read: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def valid_lengths(mask: Tensor | None) -> tuple[int, ...] | None:
@@ -179,11 +191,16 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(spec.width, options["cross_eps"], **kw)
         self.proj = operations.Linear(spec.width, spec.width, **kw)
 
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the text ``[B, L, C]``."""
+        k, v = self.kv_linear(text).chunk(2, -1)
+        return self.k_norm(k), v
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        k, v = self.kv_linear(ctx.text).chunk(2, -1)
+        k, v = self.read(ctx.text) if ctx.read is None else ctx.read
         q = self.q_linear(_official_layout(x) if self.parity else x)
         norm = _here(self.q_norm.weight, x), self.q_norm.eps
-        return self.proj(ops.softmax_attention(q, self.k_norm(k), v, self.heads, ctx.mask, ctx.lengths, norm))
+        return self.proj(ops.softmax_attention(q, k, v, self.heads, ctx.mask, ctx.lengths, norm))
 
 
 class _Conv(nn.Module):

@@ -16,7 +16,7 @@ from ..errors import SanaVideoError
 from ..specs import ModelSpec
 from ..state import LayerState, RecurrentState, check_fits, layers_on
 from .embeddings import rope_table, time_sinusoid, unpatchify
-from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, TimeEmbed, valid_lengths
+from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, Text, TimeEmbed, valid_lengths
 
 BlockHook = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 
@@ -49,18 +49,41 @@ class SanaVideoTransformer(nn.Module):
         self.final_layer = FinalLayer(spec, operations, **kw)
 
     def forward(
-        self, latent: Tensor, timestep: Tensor, caption: Tensor, caption_mask: Tensor | None = None, *,
+        self, latent: Tensor, timestep: Tensor, caption: Tensor | Text, caption_mask: Tensor | None = None, *,
         state: RecurrentState | None = None, on_block: BlockHook | None = None,
     ) -> Tensor:
         """Velocity for ``latent [B, C, T, H, W]`` at ``timestep [B]`` (or ``[B, T]``, one per latent frame), 0..1000.
 
-        ``caption [B, L, D]`` and ``caption_mask [B, L]`` (1 = valid). With ``state`` the block starts at
-        ``state.position`` and sees the history; nothing is written. ``on_block(i, call, x)`` may replace block i.
+        ``caption [B, L, D]`` and ``caption_mask [B, L]`` (1 = valid), or what :meth:`read_text` made of them. With ``state`` the
+        block starts at ``state.position`` and sees the history; nothing is written. ``on_block(i, call, x)`` may replace block i.
         """
         return self._run(latent, timestep, caption, caption_mask, state, on_block, None)
 
+    def read_text(self, caption: Tensor, caption_mask: Tensor | None = None) -> Text:
+        """What all passes over a text share: every block's keys and values, of the valid tokens where those come first.
+
+        2 * depth * width values a token (2B: 21 MB for 120 tokens in bf16). Good as long as the weights stay the same.
+        """
+        def read() -> Text:
+            text = self._text(caption, caption_mask)
+            most = None if text.lengths is None else max(text.lengths)
+            pairs = [[t[:, :most].contiguous() for t in block.cross_attn.read(text.features)] for block in self.blocks]
+            return text._replace(features=None, read=tuple(map(tuple, pairs)))
+
+        return self._as_wanted(read)
+
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        return self.final_layer.scale_shift_table.dtype if self.compute_dtype is None else self.compute_dtype
+
+    def _text(self, caption: Tensor, mask: Tensor | None) -> Text:
+        features = self.attention_y_norm(self.y_embedder(caption.to(self._dtype())))
+        mask = None if mask is None else mask.bool()
+        lengths = None if self.parity else valid_lengths(mask)  # leaving masked text out sums in another order
+        return Text(features, None if mask is None or lengths is not None else mask.to(caption.device), lengths)
+
     def commit(
-        self, latent: Tensor, caption: Tensor, caption_mask: Tensor | None = None, *,
+        self, latent: Tensor, caption: Tensor | Text, caption_mask: Tensor | None = None, *,
         state: RecurrentState | None = None, window: int = 0, keep_undo: bool = False,
     ) -> tuple[Tensor, RecurrentState]:
         """The pass at time 0 over a finished block: (velocity, next state). The given state is left as it was.
@@ -73,7 +96,7 @@ class SanaVideoTransformer(nn.Module):
         return v, self._next_state(latent, layers, state, window, keep_undo)
 
     def absorb(
-        self, latent: Tensor, caption: Tensor, caption_mask: Tensor | None = None, *,
+        self, latent: Tensor, caption: Tensor | Text, caption_mask: Tensor | None = None, *,
         state: RecurrentState | None = None, window: int = 0, keep_undo: bool = False, on_block: BlockHook | None = None,
     ) -> RecurrentState:
         """The next state as :meth:`commit` gives it, without the velocity.
@@ -94,11 +117,14 @@ class SanaVideoTransformer(nn.Module):
         return state.advance(tuple(layers), grid[0], latent)
 
     def _run(self, *args, **kwargs) -> Tensor | None:
-        """:meth:`_pass`; in parity mode with the reference operators alone, because a fused one rounds less often."""
+        return self._as_wanted(lambda: self._pass(*args, **kwargs))
+
+    def _as_wanted(self, function: Callable):
+        """``function()``; in parity mode with the reference operators alone, because a fused one rounds less often."""
         if not self.parity:
-            return self._pass(*args, **kwargs)
+            return function()
         with ops.force("reference"):
-            return self._pass(*args, **kwargs)
+            return function()
 
     def _pass(
         self, latent, timestep, caption, caption_mask, state, on_block, layers: list[LayerState] | None,
@@ -106,7 +132,7 @@ class SanaVideoTransformer(nn.Module):
     ) -> Tensor | None:
         """The network; every block's contribution is appended to ``layers`` when a list is given."""
         self._check(latent, timestep, caption, caption_mask)
-        dtype = self.final_layer.scale_shift_table.dtype if self.compute_dtype is None else self.compute_dtype
+        dtype = self._dtype()
         grid = tuple(n // p for n, p in zip(latent.shape[2:], self.spec.patch))
         history: tuple[LayerState | None, ...] = (None,) * len(self.blocks)
         start = 0
@@ -120,13 +146,11 @@ class SanaVideoTransformer(nn.Module):
         times = timestep if timestep.ndim == 2 else timestep[:, None]
         time = self.t_embedder(time_sinusoid(times, truncate=self.truncate_times).to(dtype))
         rows = self.t_block(time).unflatten(-1, (6, -1))
-        text = self.attention_y_norm(self.y_embedder(caption.to(dtype)))
-        mask = None if caption_mask is None else caption_mask.bool()
-        lengths = None if self.parity else valid_lengths(mask)  # leaving masked text out sums in another order
-        mask = None if mask is None or lengths is not None else mask.to(latent.device)
-        ctx = Context(grid, rows, text, mask, cos, sin, lengths)
+        text = caption if isinstance(caption, Text) else self._text(caption, caption_mask)
+        ctx = Context(grid, rows, text.features, text.mask, cos, sin, text.lengths)
         x = self.x_embedder(latent.to(dtype))
         for i, block in enumerate(self.blocks):
+            ctx = ctx._replace(read=text.read[i]) if text.read else ctx
             if state_only and i == len(self.blocks) - 1:
                 layers.append(block.contribution(x, ctx, history[i]))
                 return None
@@ -145,7 +169,7 @@ class SanaVideoTransformer(nn.Module):
 
     compute_dtype: torch.dtype | None = None  # set by an owner whose layers cast their weights on use
 
-    def _check(self, latent: Tensor, timestep: Tensor, caption: Tensor, mask: Tensor | None) -> None:
+    def _check(self, latent: Tensor, timestep: Tensor, caption: Tensor | Text, mask: Tensor | None) -> None:
         spec = self.spec
         if latent.ndim != 5 or latent.shape[1] != spec.channels:
             raise SanaVideoError(
@@ -156,7 +180,7 @@ class SanaVideoTransformer(nn.Module):
                 f"The latent size does not fit {spec.name}", found=f"{list(latent.shape[2:])} (frames, height, width)",
                 expected=f"multiples of {list(spec.patch)}",
                 action=f"Use a width and height in steps of {spec.pixel_step[0]} and {spec.pixel_step[1]} pixels")
-        if caption.ndim != 3 or caption.shape[-1] != spec.caption_channels:
+        if not isinstance(caption, Text) and (caption.ndim != 3 or caption.shape[-1] != spec.caption_channels):
             raise SanaVideoError(
                 f"The text conditioning does not fit {spec.name}", found=f"shape {list(caption.shape)}",
                 expected=f"[batch, tokens, {spec.caption_channels}]",
@@ -165,7 +189,7 @@ class SanaVideoTransformer(nn.Module):
         if timestep.ndim not in (1, 2) or (timestep.ndim == 2 and timestep.shape[1] not in (1, frames)):
             raise SanaVideoError("Times must be one per item or one per latent frame",
                                  found=f"shape {list(timestep.shape)}", expected=f"[batch] or [batch, {frames}]")
-        if mask is not None and mask.shape != caption.shape[:2]:
+        if mask is not None and not isinstance(caption, Text) and mask.shape != caption.shape[:2]:
             raise SanaVideoError("The text mask does not fit the text", found=f"shape {list(mask.shape)}",
                                  expected=f"{list(caption.shape[:2])}")
 

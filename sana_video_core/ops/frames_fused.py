@@ -171,7 +171,8 @@ def pixel_conv(window: Tensor, history: Tensor | None, weight: Tensor, bias: Ten
     # Frame by frame: a product of one size has one order of summing, whatever the number of frames.
     plane = (height + 2) * (width + 2)
     products = _empty(window, batch * depth, len(taps), -(-plane // 8) * 8)
-    # The last pixels are border, all zeros: left out, where that makes a product of even width, which takes half the time.
+    # The last pixels are border, all zeros: left out where the product's width is then one of the aligned ones, which have
+    # better kernels.
     even = plane - plane % 8 if plane % 8 <= width + 2 else plane
     products[:, :, even:].zero_()
     for frame, goal in zip(window.flatten(0, 1).flatten(1, 2), products):

@@ -3,7 +3,8 @@
 Each block is denoised against the state of the earlier ones and then committed at time 0, which gives the next state. Only
 the state is carried, so memory does not grow. Noise depends on (seed, block, step) alone, so a block does not depend on how
 many are run in one go. The model is anything with the calls of :class:`~sana_video_core.dit.SanaVideoTransformer`:
-``model(latent, time, caption, mask, state=)`` and ``model.absorb(latent, caption, mask, state=)``.
+``model(latent, time, caption, mask, state=)`` and ``model.absorb(latent, caption, mask, state=)``; where it has
+``read_text(caption, mask)`` too, a text is read once for all blocks, and its result stands for caption and mask.
 Not covered: decoding, files (``film``), which levels a model wants (``schedules.py``).
 """
 
@@ -181,6 +182,25 @@ class _Finite:
         return bool(self.answer)
 
 
+class _ReadOnce:
+    """A network with the keys and values of one text kept from pass to pass. For one run: its weights must not change."""
+
+    def __init__(self, model):
+        self.model, self._of, self._text = model, None, None
+
+    def _read(self, caption: Tensor, mask: Tensor | None):
+        if self._of is None or self._of[0] is not caption or self._of[1] is not mask:
+            self._text = None  # before the next one is made
+            self._of, self._text = (caption, mask), self.model.read_text(caption, mask)
+        return self._text
+
+    def __call__(self, latent: Tensor, times: Tensor, caption: Tensor, mask: Tensor | None = None, *, state=None) -> Tensor:
+        return self.model(latent, times, self._read(caption, mask), state=state)
+
+    def absorb(self, latent: Tensor, caption: Tensor, mask: Tensor | None = None, *, state=None) -> RecurrentState:
+        return self.model.absorb(latent, self._read(caption, mask), state=state)
+
+
 class _Run:
     """One call of :func:`sample_blocks`: what stays the same from block to block.
 
@@ -189,16 +209,18 @@ class _Run:
     """
 
     def __init__(self, model, spec: ModelSpec, recipe: Recipe, batch: int, size, noise: Noise, device, parity: bool,
-                 recompute: bool, on_step: StepHook | None):
-        self.model, self.spec, self.recipe, self.batch, self.size = model, spec, recipe, batch, size
+                 recompute: bool, on_step: StepHook | None, keep_text: bool = True):
+        self.model = _ReadOnce(model) if keep_text and hasattr(model, "read_text") else model
+        self.spec, self.recipe, self.batch, self.size = spec, recipe, batch, size
         self.device, self.parity, self.recompute, self.on_step = device, parity, recompute, on_step
         self._draw, self._ready, self._doubt, self._texts = noise, {}, None, None
 
     def texts(self, condition: Condition) -> tuple[Caption, str]:
         """Rows and key of a block's texts; made once where the next block has the same (a key waits for the card)."""
-        if self._texts is None or self._texts[0] is not condition:
+        parts = [t for caption in condition if caption is not None for t in caption]
+        if self._texts is None or len(parts) != len(self._texts[0]) or any(a is not b for a, b in zip(parts, self._texts[0])):
             cfg = self.recipe.cfg
-            self._texts = condition, rows_of(condition, self.batch, cfg, self.device), caption_key(condition, cfg)
+            self._texts = parts, rows_of(condition, self.batch, cfg, self.device), caption_key(condition, cfg)
         return self._texts[1:]
 
     def switch(self, span: Span, state: RecurrentState, rows: Caption, key: str) -> RecurrentState:
@@ -303,7 +325,7 @@ def sample_blocks(
                          found=f"block {plan.index + 1} at latent frame {plan.start}",
                          expected=f"block {state.blocks + 1} at latent frame {state.position}")
     run = _Run(model, spec, recipe, batch, tuple(size), noise or seeded_noise(seed), torch.device(device), parity, recompute,
-               on_step)
+               on_step, keep_text=not grad)
     state = state.to(device)
     spans = plan.spans()
     while spans:

@@ -153,6 +153,22 @@ def test_standard_model_nodes_have_an_effect(world, kind, inputs):
     assert (changed - plain).abs().max() > 1e-3
 
 
+def test_a_wrapper_that_writes_into_its_input_leaves_the_latent_alone(world):
+    """As EasyCache does: in float32 nothing between the sampler and the network makes a copy."""
+    import comfy.patcher_extension as extension
+
+    outcome = run(graph(precision="fp32", n4=ksampler()))
+    model, (text, options) = outcome.output("1"), outcome.output("2")[0]
+    wrappers: dict = {}
+    extension.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "test", lambda _, x, *rest, **more: x.mul_(0), wrappers)
+    x = torch.randn(sampled(outcome).shape)
+    before, sigma = x.clone(), torch.tensor([0.5])
+    with torch.inference_mode():
+        denoised = model.model.apply_model(x, sigma, c_crossattn=text, attention_mask=options["attention_mask"],
+                                           transformer_options=wrappers)
+    assert torch.equal(x, before) and torch.equal(denoised, before)
+
+
 def test_torch_compile_model_gives_the_same_video(world):
     plain = sampled(run(graph(n4=ksampler())))
     outcome = run(graph(n20=node("TorchCompileModel", model=("1", 0), backend="inductor"), n4=ksampler(model=("20", 0))))

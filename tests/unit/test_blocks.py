@@ -96,6 +96,42 @@ def test_any_partition_gives_the_same_film(recipe, window):
         assert torch.equal(joined(first + rest), joined(whole)) and same_state(rest[-1].state, whole[-1].state)
 
 
+class WithoutReading:
+    """A network that makes keys and values of the text at every pass."""
+
+    def __init__(self, model):
+        self.model, self.absorb = model, model.absorb
+
+    def __call__(self, *arguments, **options):
+        return self.model(*arguments, **options)
+
+
+@pytest.mark.parametrize("recipe", [FEW, Recipe.multi_step((1.0, 0.5, 0.0), "flow Euler", 3.0)])
+@pytest.mark.parametrize("parity", [False, True])
+def test_a_text_is_read_once_for_all_its_blocks(recipe, parity):
+    """One reading a text, the same bits; also where each block brings a Condition of its own about the same tensors."""
+    model, calls = tiny_model(parity=parity), []
+    layer = model.blocks[1].cross_attn.kv_linear
+    mask = torch.arange(5)[None] < 3
+    texts = [Condition(Caption(TEXTS[i].positive.embedding, mask), TEXTS[i].negative) for i in range(2)]
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = sample((3, 2, 2), lambda i: Condition(*texts[i // 2]), recipe, model=model, parity=parity)
+        assert len(calls) == 2
+        plain = sample((3, 2, 2), lambda i: texts[i // 2], recipe, model=WithoutReading(model), parity=parity)
+        assert len(calls) > 10
+    finally:
+        handle.remove()
+    assert torch.equal(joined(found), joined(plain)) and same_state(found[-1].state, plain[-1].state)
+
+
+def test_gradients_read_the_text_at_every_pass():
+    plan, text = BlockPlan((2,), 0, 0), Caption(TEXTS[0].positive.embedding.clone().requires_grad_(), TEXTS[0].positive.mask)
+    blocks = sample_blocks(tiny_model(), plan, Condition(text), spec=tiny_spec(), size=GRID, recipe=FEW, grad=True)
+    next(blocks).latent.square().mean().backward()
+    assert text.embedding.grad.abs().sum() > 0
+
+
 def test_a_block_depends_on_its_own_seed_and_the_blocks_before():
     base = sample((3, 2, 2), seed=lambda i: (5, 6, 7)[i])
     other = sample((3, 2, 2), seed=lambda i: (5, 6, 8)[i])

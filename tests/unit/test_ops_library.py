@@ -10,7 +10,7 @@ import torch
 
 from longvideo import tiny_model
 from sana_video_core import ops
-from sana_video_core.dit import SanaVideoTransformer
+from sana_video_core.dit import SanaVideoTransformer, layers
 from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.ops import library, reference
 
@@ -99,8 +99,11 @@ def test_a_compiled_network_keeps_the_kernels_where_they_can_run(monkeypatch):
                     "gated_depthwise": 1, "temporal_taps": 1}
 
 
-def test_a_compiled_network_without_a_card_is_the_reference():
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_a_compiled_network_without_a_card_is_the_reference(in_pieces, monkeypatch):
     model, args = network()
+    if in_pieces:
+        monkeypatch.setattr(layers, "FFN_PASS_BYTES", 1)
     found, seen = graph_of(model, args)
     with torch.inference_mode():
         assert not seen and torch.allclose(found, model(*args), atol=1e-6)
