@@ -27,7 +27,7 @@ TUNING = {
     "norm_fp8": (2,), "taps_fp8": (2,), "text": (64, 8, 4, 3),
 }
 # Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps.
-SMALLER = {"state": (32, 8, 2), "apply": (32, 16, 8, 2)}
+SMALLER = {"state": (32, 8, 2), "apply": (32, 16, 8, 2), "text": (32, 16, 8, 2)}
 
 
 def _setting(name: str, x: Tensor) -> tuple:
@@ -182,7 +182,7 @@ def softmax_attention(
     batch, tokens, channels = q.shape
     dim, kernels, out = channels // heads, _kernels("kernels_text"), torch.empty_like(q)
     factor, weight = out, out  # not touched without a norm
-    rows, tiles, warps, stages = TUNING["text"]
+    rows, tiles, warps, stages = _setting("text", q)
     with torch.cuda.device_of(q):
         if norm is not None:
             weight, factor = norm[0].contiguous(), torch.empty(batch, tokens, device=q.device, dtype=torch.float32)
