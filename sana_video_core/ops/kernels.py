@@ -62,10 +62,8 @@ def residual_norm_kernel(
     divided by a scale of the token, which goes into ``factor``.
     """
     row = tl.program_id(1).to(tl.int64)
-    a = tl.arange(0, MAIN)
-    real_a = a < C
-    b = MAIN + tl.arange(0, REST if REST else 1)
-    real_b = b < C
+    a, b = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
+    real_a, real_b = a < C, b < C
     place = row * row_stride
     gate_a, gate_b = 1.0, 1.0
     if HAS_GATE:

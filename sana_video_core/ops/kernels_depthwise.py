@@ -84,6 +84,15 @@ def _three(at, real, STEP: tl.constexpr):
 
 
 @triton.jit
+def _nine(at, real, STEP: tl.constexpr):
+    """The 3x3 weights; float32."""
+    w0, w1, w2 = _three(at, real, STEP)
+    w3, w4, w5 = _three(at + 3 * STEP, real, STEP)
+    w6, w7, w8 = _three(at + 6 * STEP, real, STEP)
+    return w0, w1, w2, w3, w4, w5, w6, w7, w8
+
+
+@triton.jit
 def _add(s0, s1, s2, s3, i0, i1, i2, i3, i4, i5, w0, w1, w2):
     """Four sums with one row of six inputs times three weights added."""
     return (s0 + i0 * w0 + i1 * w1 + i2 * w2, s1 + i1 * w0 + i2 * w1 + i3 * w2,
@@ -111,8 +120,7 @@ def gated_depthwise_kernel(
 
     A program walks down a strip of four columns for BLOCK_C value channels and their gate channels. Every row read is
     activated once and added to the sums of three output rows: the one above is then complete, the other two go on (sums
-    named ``v`` for values and ``g`` for gates, of the ``last`` complete row, the ``same`` and the ``next``). The row below
-    is on its way from memory meanwhile.
+    ``v`` of values, ``g`` of gates; of the ``last`` row, complete, and the ``same``). The row below is on its way meanwhile.
     """
     blocks: tl.constexpr = (HIDDEN + BLOCK_C - 1) // BLOCK_C
     WIDE: tl.constexpr = 2 * HIDDEN
@@ -129,12 +137,8 @@ def gated_depthwise_kernel(
         at, m1, STEP, GATE = x + (corner - 1) * WIDE + c, real, WIDE, HIDDEN
     m0, m2, m3 = m1 & (column > 0), m1 & (column + 1 < width), m1 & (column + 2 < width)
     m4, m5 = m1 & (column + 3 < width), m1 & (column + 4 < width)
-    v0, v1, v2 = _three(taps + c, real, WIDE)
-    v3, v4, v5 = _three(taps + c + 3 * WIDE, real, WIDE)
-    v6, v7, v8 = _three(taps + c + 6 * WIDE, real, WIDE)
-    g0, g1, g2 = _three(taps + c + HIDDEN, real, WIDE)
-    g3, g4, g5 = _three(taps + c + HIDDEN + 3 * WIDE, real, WIDE)
-    g6, g7, g8 = _three(taps + c + HIDDEN + 6 * WIDE, real, WIDE)
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _nine(taps + c, real, WIDE)
+    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _nine(taps + c + HIDDEN, real, WIDE)
     v_bias, g_bias = tl.zeros((BLOCK_C // 2, 2), tl.float32), tl.zeros((BLOCK_C // 2, 2), tl.float32)
     if HAS_BIAS:
         v_bias = tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
