@@ -77,6 +77,7 @@ class SanaVideoTransformer(nn.Module):
         return self.final_layer.scale_shift_table.dtype if self.compute_dtype is None else self.compute_dtype
 
     def _text(self, caption: Tensor, mask: Tensor | None) -> Text:
+        self._check_text(caption, mask)
         features = self.attention_y_norm(self.y_embedder(caption.to(self._dtype())))
         mask = None if mask is None else mask.bool()
         lengths = None if self.parity else valid_lengths(mask)  # leaving masked text out sums in another order
@@ -131,7 +132,7 @@ class SanaVideoTransformer(nn.Module):
         state_only: bool = False,
     ) -> Tensor | None:
         """The network; every block's contribution is appended to ``layers`` when a list is given."""
-        self._check(latent, timestep, caption, caption_mask)
+        self._check(latent, timestep)
         dtype = self._dtype()
         grid = tuple(n // p for n, p in zip(latent.shape[2:], self.spec.patch))
         history: tuple[LayerState | None, ...] = (None,) * len(self.blocks)
@@ -169,7 +170,7 @@ class SanaVideoTransformer(nn.Module):
 
     compute_dtype: torch.dtype | None = None  # set by an owner whose layers cast their weights on use
 
-    def _check(self, latent: Tensor, timestep: Tensor, caption: Tensor | Text, mask: Tensor | None) -> None:
+    def _check(self, latent: Tensor, timestep: Tensor) -> None:
         spec = self.spec
         if latent.ndim != 5 or latent.shape[1] != spec.channels:
             raise SanaVideoError(
@@ -180,16 +181,19 @@ class SanaVideoTransformer(nn.Module):
                 f"The latent size does not fit {spec.name}", found=f"{list(latent.shape[2:])} (frames, height, width)",
                 expected=f"multiples of {list(spec.patch)}",
                 action=f"Use a width and height in steps of {spec.pixel_step[0]} and {spec.pixel_step[1]} pixels")
-        if not isinstance(caption, Text) and (caption.ndim != 3 or caption.shape[-1] != spec.caption_channels):
-            raise SanaVideoError(
-                f"The text conditioning does not fit {spec.name}", found=f"shape {list(caption.shape)}",
-                expected=f"[batch, tokens, {spec.caption_channels}]",
-                action="Encode the prompt with the SANA-Video text encoder (Gemma-2-2B, CLIPLoader type pixeldit)")
         frames = latent.shape[2] // spec.patch[0]
         if timestep.ndim not in (1, 2) or (timestep.ndim == 2 and timestep.shape[1] not in (1, frames)):
             raise SanaVideoError("Times must be one per item or one per latent frame",
                                  found=f"shape {list(timestep.shape)}", expected=f"[batch] or [batch, {frames}]")
-        if mask is not None and not isinstance(caption, Text) and mask.shape != caption.shape[:2]:
+
+    def _check_text(self, caption: Tensor, mask: Tensor | None) -> None:
+        spec = self.spec
+        if caption.ndim != 3 or caption.shape[-1] != spec.caption_channels:
+            raise SanaVideoError(
+                f"The text conditioning does not fit {spec.name}", found=f"shape {list(caption.shape)}",
+                expected=f"[batch, tokens, {spec.caption_channels}]",
+                action="Encode the prompt with the SANA-Video text encoder (Gemma-2-2B, CLIPLoader type pixeldit)")
+        if mask is not None and mask.shape != caption.shape[:2]:
             raise SanaVideoError("The text mask does not fit the text", found=f"shape {list(mask.shape)}",
                                  expected=f"{list(caption.shape[:2])}")
 

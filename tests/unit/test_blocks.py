@@ -125,6 +125,13 @@ def test_a_text_is_read_once_for_all_its_blocks(recipe, parity):
     assert torch.equal(joined(found), joined(plain)) and same_state(found[-1].state, plain[-1].state)
 
 
+def test_a_text_of_another_encoder_is_refused_by_name():
+    with pytest.raises(SanaVideoError, match="text conditioning does not fit tiny-long"):
+        sample((2,), Condition(Caption(torch.randn(1, 5, 9), None)))
+    with pytest.raises(SanaVideoError, match="text mask does not fit"):
+        sample((2,), Condition(Caption(torch.randn(1, 5, 8), torch.ones(1, 4, dtype=torch.bool))))
+
+
 def test_gradients_read_the_text_at_every_pass():
     plan, text = BlockPlan((2,), 0, 0), Caption(TEXTS[0].positive.embedding.clone().requires_grad_(), TEXTS[0].positive.mask)
     blocks = sample_blocks(tiny_model(), plan, Condition(text), spec=tiny_spec(), size=GRID, recipe=FEW, grad=True)
