@@ -114,6 +114,26 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+class Marks:
+    """Moments on the device's own clock; they are queued with its work, and nothing waits for them."""
+
+    def __init__(self, device: str):
+        self.device, self._moments = device, []
+
+    def mark(self) -> None:
+        moment = time.perf_counter()
+        if self.device.startswith("cuda"):
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self._moments.append(moment)
+
+    def seconds(self) -> list[float]:
+        """The time between each moment and the next."""
+        synchronize(self.device)
+        pairs = list(zip(self._moments, self._moments[1:]))
+        return [b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in pairs]
+
+
 def timed(blocks: Iterator[Block], device: str) -> Iterator[tuple[Block, float]]:
     """Each block with the seconds that it took."""
     while True:

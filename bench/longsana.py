@@ -35,7 +35,7 @@ from sana_video_core.vae.wan import denormalize
 
 from . import dit, prepare
 from .harness import BenchError, Report, floor_ms, measure, peak_bytes, relative_error
-from .long import FULL, SAME, TINY, Long, Size, synchronize, timed
+from .long import FULL, SAME, TINY, Long, Marks, Size, synchronize, timed
 
 BLOCKS = 24  # 241 latent frames, 961 pixel frames
 CHECK_FRAMES = (4, 3)  # latent frames of the two blocks that are compared with float32
@@ -112,12 +112,17 @@ def run_dit(report: Report, size: Size, device: str, blocks: int) -> None:
     check_network(report, long)
     for _ in long.sample(2):  # both block lengths, and the commit
         pass
-    latents, seconds = [], []
+    latents, marks, total = [], Marks(device), 0.0
 
     def film() -> None:
-        for block, taken in timed(long.sample(blocks), device):
+        nonlocal total
+        start = time.perf_counter()
+        marks.mark()
+        for block in long.sample(blocks):
             latents.append(block.latent)
-            seconds.append(taken)
+            marks.mark()
+        synchronize(device)
+        total = time.perf_counter() - start
 
     peak = peak_bytes(film)
     depths = sorted({max(2, blocks // 6), max(2, blocks // 2), blocks})
@@ -125,12 +130,12 @@ def run_dit(report: Report, size: Size, device: str, blocks: int) -> None:
     for n, (latent, _) in again.items():
         report.check(f"block {n} against one from a state made anew", relative_error(latent, latents[n - 1]), SAME)
     plain = reference_seconds(long)
-    add_dit_rows(report, long, seconds, {n: s for n, (_, s) in again.items()}, plain, peak)
+    add_dit_rows(report, long, marks.seconds(), total, {n: s for n, (_, s) in again.items()}, plain, peak)
 
 
-def add_dit_rows(report: Report, long: Long, seconds: list[float], again: dict[int, float], plain: list[float],
+def add_dit_rows(report: Report, long: Long, seconds: list[float], total: float, again: dict[int, float], plain: list[float],
                  peak: int) -> None:
-    plan, total = long.plan(len(seconds)), sum(seconds)
+    plan = long.plan(len(seconds))
     frames, floor = pixel_frames(plan.frames), film_floor_ms(long, plan)
     usual, last = statistics.median(seconds[1:]), max(again)
     own = statistics.mean(seconds[1:REFERENCE_BLOCKS])
@@ -150,23 +155,28 @@ def add_dit_rows(report: Report, long: Long, seconds: list[float], again: dict[i
 # ---------------------------------------------------------------------------------------------------------------- file
 
 class Parts:
-    """Where the time of a film goes: seconds of sampling, of decoding, and of storing beyond it; ``ready``: seconds until each
+    """Where the time of a film goes: seconds of sampling and of decoding on the device's clock; ``ready``: seconds until each
     block could be played. ``frames`` keeps the decoded frames of the first blocks."""
 
     def __init__(self, device: str):
-        self.device, self.start, self.mark = device, time.perf_counter(), 0.0
-        self.sample = self.store = self.decode = 0.0
+        self.start, self.marks = time.perf_counter(), Marks(device)
         self.ready: list[float] = []
         self.frames: list[Tensor] = []
 
     def sampled(self, blocks: Iterator[Block]) -> Iterator[Block]:
-        for block, seconds in timed(blocks, self.device):
-            self.sample, self.mark = self.sample + seconds, time.perf_counter() - self.decode
+        while True:
+            self.marks.mark()
+            block = next(blocks, None)
+            if block is None:
+                return
+            self.marks.mark()
             yield block
+            del block
 
-    def heard(self, block: int, what: str) -> None:
-        if what == "sampled":
-            self.store += time.perf_counter() - self.decode - self.mark
+    def seconds(self) -> tuple[float, float]:
+        """(sampling, decoding): the marks are set before and after each block is sampled, in turn."""
+        spans = self.marks.seconds()
+        return sum(spans[::2]), sum(spans[1::2])
 
 
 class TimedVideo(FilmVideo):
@@ -179,21 +189,16 @@ class TimedVideo(FilmVideo):
         self.parts.ready.append(time.perf_counter() - self.parts.start)
 
 
-class TimedStream(WanStream):
-    """The film's decoder with a clock."""
+class KeptStream(WanStream):
+    """The film's decoder, which keeps the first frames."""
 
     def __init__(self, vae, parts: Parts):
         super().__init__(vae, "random")
         self.parts, self.blocks = parts, 0
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
-        pieces, self.blocks = super().decode(latent), self.blocks + 1
-        while True:
-            start = time.perf_counter()
-            piece = next(pieces, None)
-            self.parts.decode += time.perf_counter() - start
-            if piece is None:
-                return
+        self.blocks += 1
+        for piece in super().decode(latent):
             if self.blocks <= FEW:
                 self.parts.frames.append(piece)
             yield piece
@@ -208,9 +213,9 @@ def make_file(long: Long, vae, folder: Path, blocks: int) -> tuple[Path, Parts, 
     parts = Parts(long.device)
     with Film(folder) as film:
         film.use_plan(plan)
-        video = TimedVideo(film, TimedStream(vae, parts), long.spec.fps, overlap=long.device != "cpu")
+        video = TimedVideo(film, KeptStream(vae, parts), long.spec.fps, overlap=long.device != "cpu")
         video.parts = parts
-        make_film(film, lambda first, state: parts.sampled(long.sample(blocks)), video, on_block=parts.heard)
+        make_film(film, lambda first, state: parts.sampled(long.sample(blocks)), video)
         total = time.perf_counter() - parts.start
         return video.path, parts, total, [film.latent(i) for i in range(min(FEW, blocks))]
 
@@ -262,20 +267,20 @@ def run_file(report: Report, size: Size, device: str, blocks: int, tiny: bool) -
     report.check(f"the film's file is {expected}", float(found != expected), 0)
     report.check("the film's latents against those sampled at once", relative_error(torch.cat(kept, 2).to(device),
                                                                                     torch.cat(latents, 2)), SAME)
-    streamed = torch.cat(parts.frames)
+    streamed = torch.cat(parts.frames).cpu()
     report.check("streamed frames against one decode, mean difference of 255",
                  float((streamed.int() - frames.int()).abs().float().mean()), 0.1)
     first = pixel_frames(long.plan(FEW).frames)
     mine, other = first / parts.ready[FEW - 1], first / late
-    rest = total - parts.sample - parts.store - parts.decode
+    sample, decode = parts.seconds()
     report.add("longsana_file_fps", count / total, "pixel frames a second, noise to mp4", ratio_vs_at_the_end=mine / other,
-               blocks=blocks, pixel_frames=count, seconds=total, sample_s=parts.sample, store_s=parts.store,
-               decode_s=parts.decode, wait_for_file_s=rest, mbit_s=size_bytes * 8 * long.spec.fps / count / 1e6)
+               blocks=blocks, pixel_frames=count, seconds=total, sample_s=sample, decode_s=decode,
+               wait_for_file_s=total - sample - decode, mbit_s=size_bytes * 8 * long.spec.fps / count / 1e6)
     report.add("longsana_file_first_block", parts.ready[0], "s until the first block can be played",
                at_the_end=late, at_the_end_blocks=FEW)
     report.add("longsana_file_fps_at_the_end", other, "pixel frames a second", blocks=FEW, ours_on_the_same=mine)
-    report.add("longsana_file_decode", parts.decode / count * 1e3, "ms a frame, streamed, bf16",
-               sample_ms=parts.sample / count * 1e3)
+    report.add("longsana_file_decode", decode / count * 1e3, "ms a frame, streamed, bf16",
+               sample_ms=sample / count * 1e3)
 
 
 # ------------------------------------------------------------------------------------------------------------- command

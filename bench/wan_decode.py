@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sana_video_core import ops
 from sana_video_core.film import WanStream
+from sana_video_core.film.transfer import to_cpu
 from sana_video_core.film.video import to_uint8
 from sana_video_core.vae.loading import convert_vae, load_wan_vae
 from sana_video_core.vae.wan import WanCache, WanVAE, denormalize
@@ -79,7 +80,7 @@ def streamed(vae: WanVAE, latent: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """Frames ``[N, H, W, 3]`` uint8 on the CPU of a model-space latent, as a film's decoder gives them block by block."""
     stream = WanStream(vae)
     stream.start(None)
-    return torch.cat([frames for block in latent.split(blocks, 2) for frames in stream.decode(block)])
+    return torch.cat([frames for block in latent.split(blocks, 2) for frames in to_cpu(stream.decode(block))])
 
 
 def check(report: Report, work: Work, ours: dict[torch.dtype, WanVAE], peers: dict[torch.dtype, Decode], latent: Tensor) -> None:

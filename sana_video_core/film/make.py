@@ -1,8 +1,9 @@
 """Making a film: sample what is not finished, store each block at once, decode it while the film goes on.
 
 A block is on disk before the next one is begun. Where a card decodes, the CPU's work runs beside it (``FilmVideo.overlap``):
-a block is written while it is decoded, and its frames are encoded while the next one is sampled. Knows neither the model nor
-the VAE: it is handed a function that samples blocks and a decoder. Resuming is the normal case.
+a block is written while it is decoded, and its frames are encoded while the next one is sampled. What the decoder has queued on
+the card is not waited for before the next block is queued behind it. Knows neither the model nor the VAE: it is handed a
+function that samples blocks and a decoder. Resuming is the normal case.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
-import torch
 from torch import Tensor
 
 from ..errors import StateError
@@ -18,7 +18,7 @@ from ..sampling.blocks import Block
 from ..state import RecurrentState
 from .background import in_background
 from .folder import Film
-from .transfer import later_on_cpu
+from .transfer import later_on_cpu, soon_on_cpu
 from .video import FilmVideo
 
 Sample = Callable[[int, RecurrentState | None], Iterator[Block]]
@@ -46,7 +46,7 @@ def make_film(
         state = state_before(film, done, replay)
         if done < total:
             for number, block in enumerate(sample(done, state), done):
-                latent, state = block.latent.detach().to("cpu", torch.float32), block.state
+                latent, state = block.latent.detach().float(), block.state
                 del block
                 _keep(film, number, latent, state, show, hear)
                 if not keep_states:
@@ -63,17 +63,17 @@ def make_film(
 def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None, show: _Show | None, hear) -> None:
     """Store a block, and decode it."""
     if show is None or not show.video.overlap:
-        film.write_block(number, latent, state)
+        film.write_block(number, latent.cpu(), state)
         hear(number, "sampled")
         if show is not None:
             show.begin(number)
             show.decoded()
         return
     show.finish()
-    state_there = later_on_cpu(None if state is None else film.kept(number, state))
+    latent_there, state_there = soon_on_cpu(latent), later_on_cpu(None if state is None else film.kept(number, state))
 
     def store() -> None:
-        film.write_block(number, latent, state_there())
+        film.write_block(number, latent_there(), state_there())
 
     stored = in_background(store)
     try:

@@ -19,31 +19,38 @@ from ..state.recurrent import RecurrentState, map_tensors
 AHEAD = 4  # pieces on their way: the latent frames that the fused decoder makes in one pass
 
 
+def soon_on_cpu(piece: Tensor) -> Callable[[], Tensor]:
+    """A function that gives ``piece`` on the CPU: its copy is queued now, behind the work that makes it; the function waits."""
+    if not piece.is_cuda:
+        return lambda: piece
+    copy = _queued_copy(piece)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(piece.device))
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
+
+
 def to_cpu(pieces: Iterable[Tensor], ahead: int = AHEAD) -> Iterator[Tensor]:
     """The same tensors on the CPU, in order; those that are there already are not held back."""
-    waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    waiting: deque[Callable[[], Tensor]] = deque()
     for piece in pieces:
         if not piece.is_cuda:
             yield piece
             continue
-        copy = _queued_copy(piece)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(piece.device))
-        waiting.append((copy, arrived))
+        waiting.append(soon_on_cpu(piece))
         if len(waiting) > ahead:
-            yield _wait(*waiting.popleft())
+            yield waiting.popleft()()
     while waiting:
-        yield _wait(*waiting.popleft())
+        yield waiting.popleft()()
 
 
 def _queued_copy(t: Tensor) -> Tensor:
     """``t`` in page-locked memory, once the current stream has got there."""
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-
-
-def _wait(copy: Tensor, arrived: torch.cuda.Event) -> Tensor:
-    arrived.synchronize()
-    return copy
 
 
 def later_on_cpu(state: RecurrentState | None) -> Callable[[], RecurrentState | None]:

@@ -28,7 +28,7 @@ from ..state.atomic import PART, SYSTEM, append_synced, disk_error, hasher, writ
 from ..vae.wan import DECODER_MEMORY, WanCache, WanVAE, denormalize
 from .background import Feed, in_background
 from .folder import Film
-from .transfer import to_cpu
+from .transfer import soon_on_cpu, to_cpu
 
 TICKS = 1000  # of the video's clock in one frame, times the denominator of the frame rate
 VIDEO = "film.mp4"
@@ -47,7 +47,7 @@ class Decoder(Protocol):
         """Forget everything, then take in the latents before the next block (None at the beginning of a video)."""
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
-        """Frames ``[n, H, W, 3]`` uint8 on the CPU of a model-space latent ``[1, C, T, H, W]``, a few at a time."""
+        """Frames ``[n, H, W, 3]`` uint8, on any device, of a model-space latent ``[1, C, T, H, W]``, a few at a time."""
 
 
 class WanStream:
@@ -67,9 +67,6 @@ class WanStream:
             self._cache = WanCache() if before is None else self.vae.rebuild_cache(self._raw(before))
 
     def decode(self, latent: Tensor) -> Iterator[Tensor]:
-        return to_cpu(self._decode(latent))
-
-    def _decode(self, latent: Tensor) -> Iterator[Tensor]:
         frames = self.vae.decode_stream(self._raw(latent), self._cache)
         while True:
             with torch.no_grad():
@@ -148,7 +145,8 @@ def encode_fragment(frames: Iterable[Tensor], start: int, number: int, fps: Frac
 class FilmVideo:
     """The growing video of one film. Decodes finished blocks in order; anything it wrote before is used again.
 
-    ``overlap``: a thread encodes what the decoder makes. For a decoder on a card; on a CPU the two would wait for each other.
+    ``overlap``: a thread waits for what the decoder makes, and encodes it, while the card is given more to do. For a decoder on
+    a card; on a CPU the two would wait for each other.
     """
 
     def __init__(self, film: Film, decoder: Decoder, fps: float | Fraction = 16, crf: int = 17, name: str = VIDEO,
@@ -224,14 +222,14 @@ class FilmVideo:
         self._ready = None  # until it has gone well
         latent = self.film.latent(block) if latent is None else latent
         if not self.overlap:
-            self._encode(block, self.decoder.decode(latent), stored)
+            self._encode(block, to_cpu(self.decoder.decode(latent)), stored)
             self._ready = block + 1
             return
         feed = Feed()
-        self._pending = in_background(self._encode, block, feed, stored)
+        self._pending = in_background(self._encode, block, (frames() for frames in feed), stored)
         try:
             for frames in self.decoder.decode(latent):
-                feed.put(frames)
+                feed.put(soon_on_cpu(frames))
             feed.end()
             self._ready = block + 1
         finally:

@@ -50,9 +50,10 @@ def _setting(columns: int, cin: int, x: Tensor) -> tuple[int, int, dict[str, int
     return rows, min(step, cin & -cin), options if registers is None else {**options, "maxnreg": registers}
 
 
-def _launch(form: str, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None,
-            gamma: Tensor | None, out: Tensor | None, window: Tensor | None, size: tuple[int, int, int]) -> None:
-    """Run the convolution kernel; ``size`` is (frames, height, width) of x without room and border."""
+def _launch(form: str, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, gamma: Tensor | None, out: Tensor,
+            size: tuple[int, int, int]) -> None:
+    """Run the convolution kernel into ``out``, with ``gamma`` a window; ``size``: (frames, height, width) of x without room and
+    border."""
     kernels = _kernels("kernels_conv")
     frames, height, width = size
     number, cin = getattr(kernels, form), weight.shape[-1]
@@ -63,14 +64,12 @@ def _launch(form: str, x: Tensor, history: Tensor | None, weight: Tensor, bias: 
     rows, step, options = _setting(columns, cin, x)
     tiles = -(-height * (width + 2 * causal) // rows)
     grid = (tiles * frames * (cout // columns) * (4 if up else 1), x.shape[0])
-    given = (x if t is None else t for t in (history, weight, bias, residual, gamma))  # what is not there is not touched
-    goals = [x if t is None else t for t in (out, window)]
+    given = (x if t is None else t for t in (history, weight, bias, gamma))  # what is not there is not touched
     with torch.cuda.device_of(x):
         kernels.frame_conv_kernel[grid](
-            x, *given, *goals, frames, height, width, int(history is None), FORM=number, CIN=cin, COUT=cout,
-            OPERAND=kernels.operand(x.dtype), HAS_RESIDUAL=residual is not None, KEEP=out is not None,
-            NORM=window is not None, ROOT=float(cout) ** 0.5, ROWS=rows, MAIN=main, REST=columns - main, BLOCK_K=step,
-            **options)
+            x, *given, out, frames, height, width, int(history is None), FORM=number, CIN=cin, COUT=cout,
+            OPERAND=kernels.operand(x.dtype), NORM=gamma is not None, ROOT=float(cout) ** 0.5, ROWS=rows, MAIN=main,
+            REST=columns - main, BLOCK_K=step, SILU=_kernels("kernels_silu").silu_form("single"), **options)
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -79,19 +78,19 @@ def _empty(x: Tensor, *shape: int) -> Tensor:
 
 def _pass(x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor | None, keep: bool,
           window: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(``x + bias + residual`` if ``keep``, its window if wanted) in one pass; the window's room stays unwritten."""
+    """(``x + bias + residual`` if ``keep``, which overwrites x; its window if wanted) in one pass; the window's room stays
+    unwritten."""
     batch, frames, height, width, channels = x.shape
-    out = _empty(x, *x.shape) if keep else None
     opened = _empty(x, batch, PAST + frames, height + 2, width + 2, channels) if window else None
     values, warps = WINDOW
     pixels = max(8, values >> (channels - 1).bit_length())
-    given = (x if t is None else t for t in (bias, residual, gamma, out, opened))
+    given = (x if t is None else t for t in (bias, residual, gamma, x, opened))
     with torch.cuda.device_of(x):
         _kernels("kernels_frames").window_kernel[(-(-width // pixels), height + 2, batch * frames)](
             x, *given, frames, height, width, **_row(channels), PIXELS=pixels, ROOT=float(channels) ** 0.5,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, KEEP=keep, OPEN=window, NORM=gamma is not None,
-            num_warps=warps)
-    return out, opened
+            FORM=_kernels("kernels_silu").silu_form("single"), num_warps=warps)
+    return x if keep else None, opened
 
 
 def open_window(x: Tensor, gamma: Tensor | None = None) -> Tensor:
@@ -103,26 +102,30 @@ def causal_step(
     window: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None = None,
     gamma: Tensor | None = None, keep: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See ``frames.causal_step``; Triton's convolution, and the next window from its sums if a program has all channels."""
+    """See ``frames.causal_step``; Triton's convolution. The next window comes from its sums if a program has all channels and
+    nothing else is to be done, otherwise from a second pass: with more in it the kernel runs out of registers."""
     batch, depth, height, width, _ = window.shape
     cout, frames, height, width = weight.shape[0], depth - PAST, height - 2, width - 2
-    inside = gamma is not None and _columns(cout) == cout
-    out = _empty(window, batch, frames, height, width, cout) if keep or not inside else None
-    opened = _empty(window, batch, depth, height + 2, width + 2, cout) if inside else None
-    if opened is not None:  # the kernel writes the pixels and what lies between two rows of them
-        opened[:, PAST:, ::height + 1].zero_()
+    size = frames, height, width
+    if gamma is not None and residual is None and not keep and _columns(cout) == cout:
+        opened = _empty(window, batch, depth, height + 2, width + 2, cout)
+        opened[:, PAST:, ::height + 1].zero_()  # the kernel writes the pixels and what lies between two rows of them
         opened[:, PAST:, 1, 0].zero_()
-    _launch("CAUSAL", window, history, weight, bias, residual, gamma if inside else None, out, opened, (frames, height, width))
-    if gamma is not None and not inside:
-        opened = open_window(out, gamma)
-    return out if keep else None, opened
+        _launch("CAUSAL", window, history, weight, bias, gamma, opened, size)
+        return None, opened
+    out = _empty(window, batch, frames, height, width, cout)
+    _launch("CAUSAL", window, history, weight, bias, None, out, size)
+    if residual is None and gamma is None:
+        return out if keep else None, None
+    kept, opened = _pass(out, None, residual, gamma, keep, gamma is not None)
+    return kept, opened
 
 
 def time_double(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """See ``frames.time_double``; the frames come out in order."""
     batch, frames, height, width, channels = x.shape
     out = _empty(x, batch, 2 * frames, height, width, channels)
-    _launch("TIME", x, history, weight, bias, None, None, out, None, (frames, height, width))
+    _launch("TIME", x, history, weight, bias, None, out, (frames, height, width))
     return out
 
 
@@ -145,7 +148,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See ``frames.upsample_conv``; nothing is written four times, and four products stand for nine."""
     batch, frames, height, width, _ = x.shape
     out = _empty(x, batch, frames, 2 * height, 2 * width, weight.shape[0])
-    _launch("UP", x, None, _four_kernels(weight), bias, None, None, out, None, (frames, height, width))
+    _launch("UP", x, None, _four_kernels(weight), bias, None, out, (frames, height, width))
     return out
 
 

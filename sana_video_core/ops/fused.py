@@ -19,11 +19,11 @@ SPLIT_TOKENS, KEY_TOKENS = 1024, 16  # tokens a program sums; by shape alone, so
 WORDS_HELD, WORDS_A_STEP = 128, 64  # text tokens that a program holds for all its tiles; that it reads at one time otherwise
 # Launch settings, chosen with bench/probe.py on an H200. norm, residual, rms, row_fp8: tokens a program,
 # warps (row_fp8: at most); norm_fp8, taps_fp8: warps; taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages;
-# apply: tokens, tiles, warps, stages; text: tokens, tiles, warps, stages;
+# totals: splits, values, parts, columns, warps; apply: tokens, tiles, warps, stages; text: tokens, tiles, warps, stages;
 # depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
 TUNING = {
     "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (1,), "state": (64, 4, 2),
-    "apply": (64, 8, 4, 2), "depthwise": (64, 1, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
+    "totals": (16, 256, 256, 32, 4), "apply": (64, 8, 4, 2), "depthwise": (64, 1, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
     "norm_fp8": (2,), "taps_fp8": (2,), "text": (64, 8, 4, 3),
 }
 # Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps.
@@ -162,14 +162,26 @@ def linear_attention(
         kernels.attention_state_kernel[(batch * heads, splits)](
             qkv, keys, vk, tokens, heads, OPERAND=operand(qkv.dtype), D=dim, BLOCK_D=block, ROWS=rows,
             STEPS=SPLIT_TOKENS // rows, num_warps=warps, num_stages=stages)
-        own = Contribution(vk.sum(2), ksum.sum(1)[:, :, None])
-        total = own if history is None else Contribution(own.vk + history.vk, own.ksum + history.ksum)
+        own, total = _totals(vk, ksum, history)
         rows, tiles, warps, stages = _setting("apply", qkv)
         kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
-            qkv, words, q_weight, cos, sin, total.vk.contiguous().view(torch.int64), total.ksum.contiguous(), out, tokens,
+            qkv, words, q_weight, cos, sin, total.vk.view(torch.int64), total.ksum, out, tokens,
             heads, eps, OPERAND=operand(torch.float16), WORDS=half, D=dim, BLOCK_D=block, ROWS=rows, TILES=tiles,
             num_warps=warps, num_stages=stages)
     return out, own
+
+
+def _totals(vk: Tensor, ksum: Tensor, history: Contribution | None) -> tuple[Contribution, Contribution]:
+    """(the sums of ``vk [B, heads, splits, D, D]`` and ``ksum [B, parts, heads, D]``, those with the history's)."""
+    batch, heads, splits, dim, _ = vk.shape
+    own = Contribution(vk.new_empty(batch, heads, dim, dim), vk.new_empty(batch, heads, 1, dim))
+    total = own if history is None else Contribution(*map(torch.empty_like, own))
+    past = own if history is None else Contribution(*(t.to(torch.float32).contiguous() for t in history))
+    tiles, square, parts, columns, warps = TUNING["totals"]
+    _kernels("kernels_attention").attention_totals_kernel[(heads * -(-dim * dim // square) + -(-heads * dim // columns), batch)](
+        vk, ksum, *own, *total, *past, splits, ksum.shape[1], HAS_PAST=history is not None, D=dim, HEADS=heads, SPLITS=tiles,
+        SQUARE=square, PARTS=parts, COLUMNS=columns, num_warps=warps)
+    return own, total
 
 
 def softmax_attention(
@@ -215,7 +227,8 @@ def gated_depthwise(
     with torch.cuda.device_of(x):
         kernels.gated_depthwise_kernel[(-(-hidden // block) * strips * frames,)](
             x, x.view(torch.int32) if half else x, taps, taps if bias is None else bias.contiguous(), out, height, width, strips,
-            HIDDEN=hidden, HAS_BIAS=bias is not None, WORDS=half, BLOCK_C=block, FORM=kernels.silu_form(form), num_warps=warps)
+            HIDDEN=hidden, HAS_BIAS=bias is not None, WORDS=half, BLOCK_C=block, FORM=_kernels("kernels_silu").silu_form(form),
+            num_warps=warps)
     return out
 
 

@@ -147,6 +147,39 @@ def attention_state_kernel(
     tl.store(vk + place * D * D + d[:, None] * D + d[None, :], state, mask=real[:, None] & real[None, :])
 
 
+@triton.jit
+def _total(values, own, total, past, row, program, count, WIDTH: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr,
+           HAS_PAST: tl.constexpr):
+    """COLUMNS sums over ``count`` rows of ``values [rows, count, WIDTH]``, alone and with the past's."""
+    c = program * COLUMNS + tl.arange(0, COLUMNS)
+    real, at = c < WIDTH, row * WIDTH + c
+    value = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, count, COUNT):
+        n = first + tl.arange(0, COUNT)
+        place = (row * count + n)[:, None] * WIDTH + c[None, :]
+        value += tl.sum(tl.load(values + place, mask=(n < count)[:, None] & real[None, :], other=0.0), 0)
+    tl.store(own + at, value, mask=real)
+    if HAS_PAST:
+        tl.store(total + at, value + tl.load(past + at, mask=real, other=0.0), mask=real)
+
+
+@triton.jit(do_not_specialize=["splits", "parts"])
+def attention_totals_kernel(
+    vk, ksum, own_vk, own_ksum, total_vk, total_ksum, past_vk, past_ksum, splits, parts, HAS_PAST: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, SQUARE: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """The sums of all splits (``vk [B, heads, splits, D, D]``) and of all parts (``ksum [B, parts, heads, D]``), and those with
+    the past's added. Programs: SQUARE values of a head's state, then COLUMNS values of ksum; batch."""
+    batch, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    squares: tl.constexpr = (D * D + SQUARE - 1) // SQUARE
+    if program < HEADS * squares:
+        _total(vk, own_vk, total_vk, past_vk, batch * HEADS + program // squares, program % squares, splits, D * D, SPLITS,
+               SQUARE, HAS_PAST)
+    else:
+        _total(ksum, own_ksum, total_ksum, past_ksum, batch, program - HEADS * squares, parts, HEADS * D, PARTS, COLUMNS,
+               HAS_PAST)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_apply_kernel(
     qkv, words, weight, cos, sin, vk, ksum, out, tokens, heads, eps, OPERAND: tl.constexpr, WORDS: tl.constexpr,

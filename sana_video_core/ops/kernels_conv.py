@@ -1,4 +1,4 @@
-"""Triton kernel of the video decoder's convolutions: a matrix product over shifted rows, with all that follows it.
+"""Triton kernel of the video decoder's convolutions: a matrix product over shifted rows, and the norm that may follow it.
 
 Import only where Triton is there; called by ``frames_fused.py``. Frames lie channels last, so a pixel is a row of channels and
 a neighbour in space is a row at a fixed distance. Where the input is a window, its zero border makes that true at the edges
@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernels_silu import silu
+
 CAUSAL, TIME, UP = 0, 1, 2  # the forms; the kernel names the numbers
 
 
@@ -23,19 +25,10 @@ def operand(dtype):
 
 
 @triton.jit
-def _sum(acc, n, bias, residual, row, real, COUT: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    """``acc + bias (+ residual)`` of channels ``n``; float32."""
-    value = acc + tl.load(bias + n).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        value += tl.load(residual + (row[:, None] * COUT + n[None, :]), mask=real[:, None], other=0.0).to(tl.float32)
-    return value
-
-
-@triton.jit
-def _activated(value, inverse, n, gamma, real):
+def _activated(value, inverse, n, gamma, real, SILU: tl.constexpr):
     """``SiLU(value * inverse * gamma)``, zero where not ``real``."""
     y = value * inverse[:, None] * tl.load(gamma + n).to(tl.float32)[None, :]
-    return tl.where(real[:, None], y / (1.0 + tl.exp(-y)), 0.0)
+    return tl.where(real[:, None], silu(y, SILU), 0.0)
 
 
 @triton.jit
@@ -85,7 +78,7 @@ def _keep(
 @triton.jit
 def _norm(
     goal, acc_a, acc_b, a, b, q, rows, gamma, real, kind: tl.constexpr,
-    ROOT: tl.constexpr, COUT: tl.constexpr, REST: tl.constexpr,
+    ROOT: tl.constexpr, COUT: tl.constexpr, REST: tl.constexpr, SILU: tl.constexpr,
 ):
     """Write ``SiLU(norm)`` of what comes out, into the next window."""
     squares = tl.sum(acc_a * acc_a, 1)
@@ -94,23 +87,22 @@ def _norm(
     inverse = tl.rsqrt(tl.maximum(squares, 1e-24)) * ROOT
     at = q[:, None] * COUT
     here = (q < rows)[:, None]
-    tl.store(goal + (at + a[None, :]), _activated(acc_a, inverse, a, gamma, real).to(kind), mask=here)
+    tl.store(goal + (at + a[None, :]), _activated(acc_a, inverse, a, gamma, real, SILU).to(kind), mask=here)
     if REST:
-        tl.store(goal + (at + b[None, :]), _activated(acc_b, inverse, b, gamma, real).to(kind), mask=here)
+        tl.store(goal + (at + b[None, :]), _activated(acc_b, inverse, b, gamma, real, SILU).to(kind), mask=here)
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width", "begins"])
 def frame_conv_kernel(
-    x, history, weight, bias, residual, gamma, out, window, frames, height, width, begins,
-    FORM: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr, OPERAND: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    KEEP: tl.constexpr, NORM: tl.constexpr, ROOT: tl.constexpr, ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    x, history, weight, bias, gamma, out, frames, height, width, begins,
+    FORM: tl.constexpr, CIN: tl.constexpr, COUT: tl.constexpr, OPERAND: tl.constexpr, NORM: tl.constexpr, ROOT: tl.constexpr,
+    ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_K: tl.constexpr, SILU: tl.constexpr,
 ):
-    """CAUSAL: window -> frames and the next window. TIME: three frames -> two frames in turn. UP: 2x2 taps for each of the
-    four pixels that a nearest upsampling makes of one (weight ``[4, COUT, 2, 2, CIN]``).
+    """CAUSAL: window -> frames. TIME: three frames -> two frames in turn. UP: 2x2 taps for each of the four pixels that a
+    nearest upsampling makes of one (weight ``[4, COUT, 2, 2, CIN]``).
 
-    NORM (only where a program has all channels of a pixel) also writes ``SiLU(norm)`` into ``window``, at the place of
-    every row and of the border pixels between rows. ``frames`` are those of x without room; with ``begins`` there is no
+    NORM (CAUSAL where a program has all channels of a pixel): ``out`` is the next window instead, and gets ``SiLU(norm)`` at the
+    place of every row and of the border pixels between rows. ``frames`` are those of x without room; with ``begins`` there is no
     history, and its taps, all zeros, are left out. ROOT is sqrt(COUT).
     """
     PAD: tl.constexpr = 1 if FORM == 0 else 0
@@ -150,13 +142,11 @@ def frame_conv_kernel(
         if REST:
             acc_b = tl.dot(value, tl.trans(tl.load(weight_b + i * BLOCK_K).to(OPERAND)), acc_b, input_precision="ieee")
     real = (q < rows) & (c < width)
-    frame = batch * frames + t
-    pixel = (frame * height + y) * width + c
-    acc_a = _sum(acc_a, a, bias, residual, pixel, real, COUT, HAS_RESIDUAL)
+    acc_a += tl.load(bias + a).to(tl.float32)[None, :]
     if REST:
-        acc_b = _sum(acc_b, b, bias, residual, pixel, real, COUT, HAS_RESIDUAL)
-    if KEEP:
-        _keep(out, acc_a, acc_b, a, b, y, c, first, frame, height, width, parity, real, FORM, COUT, REST)
+        acc_b += tl.load(bias + b).to(tl.float32)[None, :]
     if NORM:
-        goal = window + ((batch * (frames + 2) + 2 + t) * plane + wide + 1) * COUT
-        _norm(goal, acc_a, acc_b, a, b, q, rows, gamma, real, out.dtype.element_ty, ROOT, COUT, REST)
+        goal = out + ((batch * (frames + 2) + 2 + t) * plane + wide + 1) * COUT
+        _norm(goal, acc_a, acc_b, a, b, q, rows, gamma, real, out.dtype.element_ty, ROOT, COUT, REST, SILU)
+    else:
+        _keep(out, acc_a, acc_b, a, b, y, c, first, batch * frames + t, height, width, parity, real, FORM, COUT, REST)

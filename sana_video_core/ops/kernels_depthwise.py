@@ -8,46 +8,13 @@ bound by the number of its instructions, not by memory.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from .kernels_silu import silu_pair
+
 LEAST_WORD = tl.constexpr(0xC230C230 - (1 << 32))  # -44 twice, in bfloat16
 COLUMNS = 4  # output columns a program makes; the functions below name as many, and two more for what is read
-
-
-def silu_form(wanted: str) -> str:
-    """``wanted`` where its instructions exist (NVIDIA), else 'plain'."""
-    return "plain" if triton.knobs.runtime.interpret or torch.version.cuda is None else wanted
-
-
-@triton.jit
-def _silu(a, b, FORM: tl.constexpr, CUT: tl.constexpr):
-    """SiLU of two values; float32. The special function unit is the narrow place, so the forms differ in its use.
-
-    'plain': two exponentials, two divisions. 'pair': the reciprocals of both come from one of their product (below -44, or
-    2^-60, a sigmoid stops falling; CUT: no value is less already).
-    """
-    if FORM == "pair":
-        power_a, power_b = a * -1.4426950408889634, b * -1.4426950408889634
-        if not CUT:
-            power_a, power_b = tl.minimum(power_a, 60.0), tl.minimum(power_b, 60.0)
-        # a / (1 + p) and b / (1 + q) over one denominator, in as few instructions as there are
-        p, q = _exp2(power_a), _exp2(power_b)
-        below = 1.0 + q
-        inverse = _reciprocal(p * below + below)
-        return a * below * inverse, (b * p + b) * inverse
-    return a / (1.0 + tl.exp(-a)), b / (1.0 + tl.exp(-b))
-
-
-@triton.jit
-def _exp2(x):
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _reciprocal(x):
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -73,7 +40,7 @@ def _pair(stored, WORDS: tl.constexpr, CUT: tl.constexpr):
 def _activated(x, y, WORDS: tl.constexpr, FORM: tl.constexpr):
     """SiLU of stored values of two tensors."""
     CUT: tl.constexpr = WORDS and FORM == "pair"
-    return _silu(_pair(x, WORDS, CUT), _pair(y, WORDS, CUT), FORM, CUT)
+    return silu_pair(_pair(x, WORDS, CUT), _pair(y, WORDS, CUT), FORM, CUT)
 
 
 @triton.jit
@@ -102,8 +69,8 @@ def _add(s0, s1, s2, s3, i0, i1, i2, i3, i4, i5, w0, w1, w2):
 @triton.jit
 def _store(goal, a0, a1, a2, a3, g0, g1, g2, g3, m0, m1, m2, m3, STEP: tl.constexpr, FORM: tl.constexpr):
     """Four pixels of value * SiLU(gate)."""
-    g0, g1 = _silu(g0, g1, FORM, False)
-    g2, g3 = _silu(g2, g3, FORM, False)
+    g0, g1 = silu_pair(g0, g1, FORM, False)
+    g2, g3 = silu_pair(g2, g3, FORM, False)
     kind = goal.dtype.element_ty
     tl.store(goal, (a0 * g0).to(kind), mask=m0)
     tl.store(goal + STEP, (a1 * g1).to(kind), mask=m1)

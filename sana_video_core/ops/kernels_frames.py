@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernels_silu import silu
+
 
 @triton.jit
 def _total(x, bias, residual, at, n, inside, real, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
@@ -22,10 +24,9 @@ def _total(x, bias, residual, at, n, inside, real, HAS_BIAS: tl.constexpr, HAS_R
 
 
 @triton.jit
-def _activated(value, inverse, gamma, n, real):
+def _activated(value, inverse, gamma, n, real, FORM: tl.constexpr):
     """``SiLU(value * inverse * gamma)``."""
-    y = value * inverse[:, None] * tl.load(gamma + n, mask=real, other=0.0).to(tl.float32)[None, :]
-    return y / (1.0 + tl.exp(-y))
+    return silu(value * inverse[:, None] * tl.load(gamma + n, mask=real, other=0.0).to(tl.float32)[None, :], FORM)
 
 
 @triton.jit(do_not_specialize=["frames", "height", "width"])
@@ -33,6 +34,7 @@ def window_kernel(
     x, bias, residual, gamma, out, window, frames, height, width,
     C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PIXELS: tl.constexpr, ROOT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPEN: tl.constexpr, NORM: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """``total = x + bias + residual`` into ``out`` (KEEP), and total, or SiLU(norm(total)), into the window (OPEN).
 
@@ -65,9 +67,9 @@ def window_kernel(
             if REST:
                 squares += tl.sum(value_b * value_b, 1)
             inverse = tl.rsqrt(tl.maximum(squares, 1e-24)) * ROOT
-            value_a = _activated(value_a, inverse, gamma, a, real_a)
+            value_a = _activated(value_a, inverse, gamma, a, real_a, FORM)
             if REST:
-                value_b = _activated(value_b, inverse, gamma, b, real_b)
+                value_b = _activated(value_b, inverse, gamma, b, real_b, FORM)
         frame = which // frames * (frames + 2) + which % frames + 2
         start = (frame * (height + 2) + line + 1) * wide
         goal = window + (start + 1 + column)[:, None] * C

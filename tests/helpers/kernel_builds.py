@@ -88,6 +88,7 @@ def decoder_calls(frames_fused) -> None:
     step(384, 384, frames(384), new(384))
     step(192, 192, gamma=new(192), keep=False)
     step(96, 96, frames(96), new(96))
+    step(96, 96, gamma=new(96), keep=False)
     frames_fused.open_window(frames(192))
     frames_fused._pass(frames(96), new(96), frames(96), new(96), True, True)  # after a convolution of cuDNN
     frames_fused.upsample_conv(frames(384), new(192, 3, 3, 384), new(192))
