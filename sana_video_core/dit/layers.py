@@ -76,6 +76,16 @@ def takes_rows(linear: nn.Module, x: Tensor) -> bool:
     return wants is not None and wants(x)
 
 
+def takes_pairs(linear: nn.Module, u: Tensor, frames: int, tail: Tensor | None) -> bool:
+    """Whether ``linear``, a temporal convolution, is multiplied for two frames at a time (``ops/pairs.py``): on a card, with a
+    plain weight in the dtype of ``u``, in a layer whose own forward runs (others put something before or after it)."""
+    weight = linear.weight
+    return (
+        type(weight) in (Tensor, nn.Parameter) and weight.dtype == u.dtype and not torch.compiler.is_compiling()
+        and "forward" not in vars(linear) and not linear._forward_hooks and not linear._forward_pre_hooks
+        and not (torch.is_grad_enabled() and weight.requires_grad) and ops.time_pairs.choose(u, frames, tail)[0] != "reference")
+
+
 def _modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | ops.Rows:
     """``ops.modulate_norm`` in the form that ``linear`` reads."""
     return (ops.modulate_norm_fp8 if takes_rows(linear, x) else ops.modulate_norm)(x, shift, scale)
@@ -261,8 +271,13 @@ class MixFFN(nn.Module):
     def forward(
         self, x: Tensor | ops.Rows, grid: tuple[int, int, int], tail: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, N, C]`` -> the two parts whose sum is the output, and this block's tail ``[B, 1, S, C]``."""
+        """``[B, N, C]`` -> the two parts whose sum is the output, and this block's tail ``[B, 1, S, C]``.
+
+        The second part may come as the four products ``[4, B, pairs, C]`` of every two frames (``ops.pair_residual``).
+        """
         u = self.spatial(x, grid[1:])
+        if takes_pairs(self.t_conv, u, grid[0], tail):
+            return u, self.t_conv(ops.AlongTime.of(u, grid[0], tail)), u.unflatten(1, (grid[0], -1))[:, -1:]
         gather = ops.temporal_taps_fp8 if takes_rows(self.t_conv, u) else ops.temporal_taps
         taps, own_tail = gather(u, grid[0], tail)
         return u, self.t_conv(taps), own_tail
@@ -293,7 +308,11 @@ class Block(nn.Module):
         join = ops.residual_norm_fp8 if takes_rows(self.mlp.inverted_conv.conv, x) else ops.residual_norm
         x, normed = join(x, self.cross_attn(x, ctx), shift2, scale2)
         spatial, temporal, tail = self.mlp(normed, ctx.grid, None if history is None else history.tail)
-        return ops.gated_residual(x, spatial, gate2, temporal), LayerState(own.vk, own.ksum, tail)
+        if temporal.ndim == 4:
+            x = ops.pair_residual(x, spatial, gate2, temporal, ctx.grid[0])
+        else:
+            x = ops.gated_residual(x, spatial, gate2, temporal)
+        return x, LayerState(own.vk, own.ksum, tail)
 
     def contribution(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> LayerState:
         """What ``forward`` would store, computing only the last frame after the attention's sums."""

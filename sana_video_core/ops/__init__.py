@@ -1,6 +1,7 @@
 """The operators the network is made of. Call these; the registry chooses the backend."""
 
-from . import frames, frames_cpu, frames_fused, fused, fused_torch, library, reference
+from . import frames, frames_cpu, frames_fused, fused, fused_torch, library, pairs, pairs_fused, reference
+from .pairs import AlongTime
 from .reference import Contribution, Rows
 from .registry import OPERATORS, Constraint, Operator, force, operator, report
 
@@ -12,6 +13,9 @@ linear_attention = operator(reference.linear_attention)
 softmax_attention = operator(reference.softmax_attention)
 gated_depthwise = operator(reference.gated_depthwise)
 temporal_taps = operator(reference.temporal_taps)
+time_pairs = operator(pairs.time_pairs)
+pair_weights = operator(pairs.pair_weights)
+pair_residual = operator(pairs.pair_residual)
 row_fp8 = operator(reference.row_fp8)
 scaled_fp8 = operator(reference.scaled_fp8)
 modulate_norm_fp8 = operator(reference.modulate_norm_fp8)
@@ -27,12 +31,13 @@ frame_attention = operator(frames.frame_attention)
 fused.register(OPERATORS)
 fused_torch.register(OPERATORS)
 library.register(OPERATORS)
+pairs_fused.register(OPERATORS)
 frames_fused.register(OPERATORS)
 frames_cpu.register(OPERATORS)
 
 __all__ = [
-    "OPERATORS", "Constraint", "Contribution", "Operator", "Rows", "causal_step", "force", "frame_attention", "gated_depthwise",
-    "gated_residual", "linear_attention", "modulate_norm", "modulate_norm_fp8", "open_window", "operator", "pixel_conv",
-    "report", "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8", "scaled_fp8", "softmax_attention", "temporal_taps",
-    "temporal_taps_fp8", "time_double", "upsample_conv",
+    "OPERATORS", "AlongTime", "Constraint", "Contribution", "Operator", "Rows", "causal_step", "force", "frame_attention",
+    "gated_depthwise", "gated_residual", "linear_attention", "modulate_norm", "modulate_norm_fp8", "open_window", "operator",
+    "pair_residual", "pair_weights", "pixel_conv", "report", "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8",
+    "scaled_fp8", "softmax_attention", "temporal_taps", "temporal_taps_fp8", "time_double", "time_pairs", "upsample_conv",
 ]

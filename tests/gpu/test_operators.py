@@ -10,7 +10,7 @@ import torch
 from sana_video_core import SPECS, ops
 from sana_video_core.dit import SanaVideoTransformer
 from sana_video_core.dit.embeddings import rope_table
-from sana_video_core.ops import fused, fused_torch, library, reference
+from sana_video_core.ops import fused, fused_torch, library, pairs, pairs_fused, reference
 
 pytestmark = pytest.mark.gpu
 CASES, DRAWS = 25, 20  # DRAWS random shapes in each of CASES tests: 500 an operator
@@ -112,6 +112,35 @@ def test_streaming_operators(case):
             close_enough(name, args)
             if name == "temporal_taps":
                 assert torch.equal(fused.temporal_taps(*args)[0], reference.temporal_taps(*args)[0])
+
+
+def by_taps(u, frames, tail, weight, x, y, gate):
+    return reference.gated_residual(x, y, gate, torch.nn.functional.linear(reference.temporal_taps(u, frames, tail)[0], weight))
+
+
+def mixed_in_time(of, u, frames, tail, weight, x, y, gate):
+    sums, _ = of.time_pairs(u, frames, tail)
+    products = torch.bmm(sums.flatten(1, 2), of.pair_weights(weight).transpose(1, 2)).view(sums.shape)
+    return of.pair_residual(x, y, gate, products, frames)
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_temporal_convolution_by_pairs(case):
+    """Four products for six, against one of float64's and plain torch's own three neighbours."""
+    for seed in range(case * DRAWS, (case + 1) * DRAWS):
+        g, batch, frames, height, width, heads, dim = draw(seed)
+        size, channels = height * width, heads * dim
+        u, x, y = (noise(g, batch, frames * size, channels) for _ in range(3))
+        u = u.transpose(1, 2).contiguous().transpose(1, 2) if seed % 5 == 0 else u
+        tail = None if seed % 2 else noise(g, batch, 1, size, channels)
+        weight = noise(g, channels, 3 * channels, scale=(3 * channels) ** -0.5)
+        args = u, frames, tail, weight, x, y, noise(g, batch, frames if seed % 3 == 2 else 1, channels)
+        truth, plain = by_taps(*(a.double() if isinstance(a, torch.Tensor) else a for a in args)), by_taps(*args)
+        poison(u)
+        found = mixed_in_time(pairs_fused, *args)
+        assert bool(torch.isfinite(found).all()) and relative(found, truth) <= TOLERANCE * max(relative(plain, truth), 1e-3)
+        sums, wanted = pairs_fused.time_pairs(u, frames, tail)[0], pairs.time_pairs(u, frames, tail)[0]
+        assert torch.equal(sums, wanted) and torch.equal(pairs_fused.pair_weights(weight), pairs.pair_weights(weight))
 
 
 @pytest.mark.parametrize("case", range(CASES))

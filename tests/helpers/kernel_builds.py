@@ -19,7 +19,7 @@ import torch
 
 CAPABILITIES = (80, 89, 90, 120)  # A100 (and, but for its shared memory, RTX 30), RTX 40, H100, RTX 50
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-            torch.float8_e4m3fn: "*fp8e4nv"}
+            torch.float8_e4m3fn: "*fp8e4nv", torch.float16: "*fp16"}
 
 
 class Launches:
@@ -46,6 +46,7 @@ class Launches:
 
 def network_calls(fused) -> None:
     """Every operator of a block at 832x480x81, and the attention also with a state."""
+    from sana_video_core.ops import pairs_fused
     from sana_video_core.ops.reference import Contribution
 
     tokens, width, hidden, heads = 21 * 30 * 52, 2240, 6720, 20
@@ -69,6 +70,9 @@ def network_calls(fused) -> None:
     fused.modulate_norm_fp8(x, rows, rows)
     fused.residual_norm_fp8(x, y, rows, rows)
     fused.temporal_taps_fp8(x, 21, new(1, 1, 1560, width))
+    pairs_fused.time_pairs(x, 21, new(1, 1, 1560, width))
+    pairs_fused.pair_weights(new(width, 3 * width))
+    pairs_fused.pair_residual(x, y, rows, new(4, 1, 11 * 1560, width, dtype=torch.float16), 21)
     words = new(2, 300, width)
     fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 300), (weight, 1e-6))
     table = [new(60, 8, dtype=torch.float32)] * 2

@@ -6,40 +6,11 @@ import random
 
 import pytest
 import torch
+from kernelcases import CASES, close, draw, poisoned_memory, scattered, wide  # noqa: F401  (a fixture)
 
 from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.ops import fused, reference
 from sana_video_core.ops.reference import Contribution
-
-CASES = 6
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that a value nobody wrote is seen."""
-    real = {"empty": torch.empty, "empty_like": torch.empty_like}
-    for name, function in real.items():
-        monkeypatch.setattr(torch, name, lambda *a, f=function, **k: f(*a, **k).fill_(float("nan")))
-
-
-def draw(seed: int):
-    """(noise, batch, frames, height, width, heads, head dim) of a case; every third in bfloat16."""
-    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    dtype = torch.bfloat16 if seed % 3 == 2 else torch.float32
-
-    def noise(*shape, scale=1.0):
-        return (torch.randn(shape, generator=generator) * scale).to(dtype)
-
-    return (noise, pick.randint(1, 4), pick.randint(1, 3), pick.randint(1, 3), pick.choice((1, 3, 4, 5, 9)),
-            pick.randint(1, 3), pick.choice((2, 6, 16, 22, 56)))
-
-
-def close(found, expected, dtype=None) -> None:
-    """Every value written, and right to the last bits of ``dtype`` (its own); the interpreter cuts a bfloat16 instead of
-    rounding it."""
-    assert found.shape == expected.shape and found.is_contiguous() and bool(torch.isfinite(found).all())
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    assert error < (8e-3 if (dtype or found.dtype) == torch.bfloat16 else 2e-6)
 
 
 def same_e4m3(found, expected) -> None:
@@ -48,15 +19,6 @@ def same_e4m3(found, expected) -> None:
     bits, right = found.view(torch.uint8).int(), expected.view(torch.uint8).int()
     assert bool(((bits == right) | (right % 8 == 0) | ((bits - right).abs() == 1)).all())
     assert (bits != right).float().mean() < 0.1
-
-
-def wide(*args):
-    return [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-
-
-def scattered(x):
-    """The same values, the last two axes swapped in memory."""
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 @pytest.mark.parametrize("seed", range(CASES))
