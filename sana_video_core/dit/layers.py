@@ -273,7 +273,7 @@ class MixFFN(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, N, C]`` -> the two parts whose sum is the output, and this block's tail ``[B, 1, S, C]``.
 
-        The second part may come as the four products ``[4, B, pairs, C]`` of every two frames (``ops.pair_residual``).
+        The second part may come as the four products ``[B, 4, pairs, C]`` of every two frames (``ops.pair_residual``).
         """
         u = self.spatial(x, grid[1:])
         if takes_pairs(self.t_conv, u, grid[0], tail):

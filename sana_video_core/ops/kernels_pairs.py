@@ -22,7 +22,7 @@ def _put_four(goal, part, at, a, b, c, d, inside):
 def time_pairs_kernel(
     u, tail, out, frames, size, scale, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):
-    """u ``[B, frames, size, C]`` -> ``[4, B, pairs, size, C]``. Programs: channels, tokens of a frame, batch; each walks along
+    """u ``[B, frames, size, C]`` -> ``[B, 4, pairs, size, C]``. Programs: channels, tokens of a frame, batch; each walks along
     time and reads every value once."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -30,8 +30,7 @@ def time_pairs_kernel(
     inside = (token < size)[:, None] & (c < C)[None, :]
     at = token[:, None] * C + c[None, :]
     frame = size.to(tl.int64) * C
-    x, goal = u + batch * frames * frame, out + batch * pairs * frame
-    part = tl.num_programs(2) * pairs * frame
+    x, goal, part = u + batch * frames * frame, out + batch * 4 * pairs * frame, pairs * frame
     before = tl.zeros((ROWS, BLOCK_C), tl.float32)
     if HAS_TAIL:
         before = tl.load(tail + batch * frame + at, mask=inside, other=0.0).to(tl.float32)
@@ -80,7 +79,7 @@ def pair_residual_kernel(
     inside = (token < size)[:, None] & real[None, :]
     at = token[:, None] * C + c[None, :]
     frame = size.to(tl.int64) * C
-    part, m = tl.num_programs(2) * frame, products + which * frame + at
+    part, m = pairs * frame, products + (batch * 4 * pairs + which % pairs) * frame + at
     m0, m1 = tl.load(m, mask=inside, other=0.0).to(tl.float32), tl.load(m + part, mask=inside, other=0.0).to(tl.float32)
     m2 = tl.load(m + 2 * part, mask=inside, other=0.0).to(tl.float32)
     m3 = tl.load(m + 3 * part, mask=inside, other=0.0).to(tl.float32)

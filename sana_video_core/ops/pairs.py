@@ -26,7 +26,7 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
 
 
 def time_pairs(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The four sums of frames of every two outputs: ``u [B, T*S, C]`` -> ``[4, B, ceil(T / 2) * S, C]``, and u's own tail
+    """The four sums of frames of every two outputs: ``u [B, T*S, C]`` -> ``[B, 4, ceil(T / 2) * S, C]``, and u's own tail
     ``[B, 1, S, C]``. Left of the first frame stands ``tail`` of the block before (zeros when None), right of the last zeros."""
     x, pairs = u.unflatten(1, (frames, -1)), (frames + 1) // 2
     nothing = torch.zeros_like(x[:, :1])
@@ -34,7 +34,7 @@ def time_pairs(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tens
     wide = torch.cat((nothing if tail is None else tail.to(x), x, after), 1)
     wide = wide.float() if u.dtype == torch.bfloat16 else wide
     d0, d1, d2, d3 = (wide[:, i:i + 2 * pairs:2] for i in range(4))
-    sums = torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3)) * SCALE
+    sums = torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3), 1) * SCALE
     return sums.flatten(2, 3).to(narrow(u.dtype)), x[:, -1:]
 
 
@@ -46,8 +46,8 @@ def pair_weights(weight: Tensor) -> Tensor:
 
 
 def pair_residual(x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int) -> Tensor:
-    """``x + gate * (y + temporal)`` of ``products [4, B, ceil(T / 2) * S, C]``; gate rows ``[B, 1 or T, C]``."""
-    m0, m1, m2, m3 = (products.float() if products.dtype == torch.float16 else products).unbind(0)
+    """``x + gate * (y + temporal)`` of ``products [B, 4, ceil(T / 2) * S, C]``; gate rows ``[B, 1 or T, C]``."""
+    m0, m1, m2, m3 = (products.float() if products.dtype == torch.float16 else products).unbind(1)
     size = x.shape[1] // frames
     both = torch.stack([t.unflatten(1, (-1, size)) for t in (m0 + m1 + m2, m1 - m2 - m3)], 2)  # B, pairs, 2, S, C
     temporal = both.flatten(1, 2)[:, :frames].flatten(1, 2) / SCALE
@@ -59,7 +59,7 @@ class AlongTime(torch.Tensor):
     """``u [B, T*S, C]`` as the input of a Linear layer ``[C, 3C]`` that holds the temporal convolution.
 
     Whatever the layer does to bring its weight to the card (casts, offloading, LoRAs), it ends in ``linear(u, weight)``: that
-    gives the four products of :func:`time_pairs` and :func:`pair_weights` here, ``[4, B, ceil(T / 2) * S, C]``.
+    gives the four products of :func:`time_pairs` and :func:`pair_weights` here, ``[B, 4, ceil(T / 2) * S, C]``.
     """
 
     frames: int
@@ -80,8 +80,14 @@ class AlongTime(torch.Tensor):
 
 
 def products(u: Tensor, frames: int, tail: Tensor | None, weight: Tensor) -> Tensor:
-    """The four products of every two frames with the sums of a weight's taps."""
+    """The four products of every two frames with the sums of a weight's taps; a row of the batch at a time, which leaves one
+    row's sums in memory and not all."""
     from . import OPERATORS  # of the functions above
 
-    sums, _ = OPERATORS["time_pairs"](u, frames, tail)
-    return torch.bmm(sums.flatten(1, 2), OPERATORS["pair_weights"](weight).transpose(1, 2)).view(sums.shape)
+    weights, out = OPERATORS["pair_weights"](weight).transpose(1, 2), None
+    for row, one in enumerate(u.split(1)):
+        sums, _ = OPERATORS["time_pairs"](one, frames, None if tail is None else tail[row:row + 1])
+        if out is None:
+            out = sums.new_empty(len(u), *sums.shape[1:])
+        torch.bmm(sums[0], weights, out=out[row])
+    return out

@@ -24,7 +24,7 @@ def time_pairs(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tens
     u = u.contiguous()
     batch, tokens, channels = u.shape
     size, (rows, block, warps) = tokens // frames, TUNING["pairs"]
-    out = torch.empty(4, batch, (frames + 1) // 2 * size, channels, device=u.device, dtype=narrow(u.dtype))
+    out = torch.empty(batch, 4, (frames + 1) // 2 * size, channels, device=u.device, dtype=narrow(u.dtype))
     with torch.cuda.device_of(u):
         _kernels().time_pairs_kernel[(-(-channels // block), -(-size // rows), batch)](
             u, u if tail is None else tail.to(u).contiguous(), out, frames, size, SCALE, C=channels, ROWS=rows,

@@ -120,7 +120,7 @@ def by_taps(u, frames, tail, weight, x, y, gate):
 
 def mixed_in_time(of, u, frames, tail, weight, x, y, gate):
     sums, _ = of.time_pairs(u, frames, tail)
-    products = torch.bmm(sums.flatten(1, 2), of.pair_weights(weight).transpose(1, 2)).view(sums.shape)
+    products = torch.matmul(sums, of.pair_weights(weight).transpose(1, 2))
     return of.pair_residual(x, y, gate, products, frames)
 
 

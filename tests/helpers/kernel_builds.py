@@ -72,7 +72,7 @@ def network_calls(fused) -> None:
     fused.temporal_taps_fp8(x, 21, new(1, 1, 1560, width))
     pairs_fused.time_pairs(x, 21, new(1, 1, 1560, width))
     pairs_fused.pair_weights(new(width, 3 * width))
-    pairs_fused.pair_residual(x, y, rows, new(4, 1, 11 * 1560, width, dtype=torch.float16), 21)
+    pairs_fused.pair_residual(x, y, rows, new(1, 4, 11 * 1560, width, dtype=torch.float16), 21)
     words = new(2, 300, width)
     fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 300), (weight, 1e-6))
     table = [new(60, 8, dtype=torch.float32)] * 2

@@ -34,7 +34,7 @@ def by_taps(u, frames, tail, weight, x, y, gate):
 
 def by_pairs(u, frames, tail, weight, x, y, gate, of=pairs):
     sums, _ = of.time_pairs(u, frames, tail)
-    products = torch.bmm(sums.flatten(1, 2), of.pair_weights(weight).transpose(1, 2)).view(sums.shape)
+    products = torch.matmul(sums, of.pair_weights(weight).transpose(1, 2))
     return of.pair_residual(x, y, gate, products, frames)
 
 
@@ -112,7 +112,7 @@ def test_a_layer_multiplies_either_way_the_same(on_the_cpu):
         layer.weight.copy_(weight)
         assert layers.takes_pairs(layer, u, frames, tail)
         products = layer(ops.AlongTime.of(u, frames, tail))
-        assert type(products) is torch.Tensor and products.shape[0] == 4
+        assert type(products) is torch.Tensor and products.shape[1] == 4
         close(ops.pair_residual(x, y, gate, products, frames), by_taps(u, frames, tail, weight, x, y, gate).contiguous())
 
 
