@@ -22,6 +22,9 @@ modulate_norm_fp8 = operator(reference.modulate_norm_fp8)
 residual_norm_fp8 = operator(reference.residual_norm_fp8)
 temporal_taps_fp8 = operator(reference.temporal_taps_fp8)
 open_window = operator(frames.open_window)
+open_pairs = operator(frames.open_pairs)
+frame_weights = operator(frames.frame_weights)
+pair_conv = operator(frames.pair_conv)
 causal_step = operator(frames.causal_step)
 time_double = operator(frames.time_double)
 upsample_conv = operator(frames.upsample_conv)
@@ -37,7 +40,8 @@ frames_cpu.register(OPERATORS)
 
 __all__ = [
     "OPERATORS", "AlongTime", "Constraint", "Contribution", "Operator", "Rows", "causal_step", "force", "frame_attention",
-    "gated_depthwise", "gated_residual", "linear_attention", "modulate_norm", "modulate_norm_fp8", "open_window", "operator",
-    "pair_residual", "pair_weights", "pixel_conv", "report", "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8",
-    "scaled_fp8", "softmax_attention", "temporal_taps", "temporal_taps_fp8", "time_double", "time_pairs", "upsample_conv",
+    "frame_weights", "gated_depthwise", "gated_residual", "linear_attention", "modulate_norm", "modulate_norm_fp8",
+    "open_pairs", "open_window", "operator", "pair_conv", "pair_residual", "pair_weights", "pixel_conv", "report",
+    "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8", "scaled_fp8", "softmax_attention", "temporal_taps",
+    "temporal_taps_fp8", "time_double", "time_pairs", "upsample_conv",
 ]

@@ -32,8 +32,10 @@ def _full(window: Tensor, history: Tensor | None) -> Tensor:
     return window
 
 
-def open_window(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+def open_window(x: Tensor, gamma: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """See :func:`.frames.open_window`."""
+    if residual is not None:
+        x = x + residual
     batch, frames, height, width, channels = x.shape
     window = x.new_zeros(batch, PAST + frames, height + 2, width + 2, channels)
     inner = window[:, PAST:, 1:-1, 1:-1]

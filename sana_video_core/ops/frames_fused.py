@@ -1,8 +1,8 @@
 """The operators of ``frames.py`` on a CUDA card: Triton kernels, or cuDNN's convolutions with what follows them in Triton.
 
 Same meaning as the reference; a call outside what :func:`register` declares runs that. Between two convolutions of the decoder
-there is one pass over memory with cuDNN (bias, residual, norm, SiLU, border), and none with Triton's convolution where a program
-holds all channels of a pixel. No global of torch is touched: cuDNN is called directly, with its options as arguments.
+there is one pass over memory (residual, norm, SiLU, border, and what two frames at a time read). No global of torch is touched:
+cuDNN is called directly, with its options as arguments.
 Not covered: gradients (the reference runs).
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from .frames import PAST
 from .fused import _row
 from .fused_torch import one_dtype
+from .pairs import narrow
 from .registry import Constraint
 
 # Launch settings. Convolution, by output channels of a program: (pixels, input channels a step, warps, stages, most registers
@@ -26,7 +27,10 @@ CONVOLUTION = {192: (128, 32, 8, 4, 128), 128: (128, 64, 8, 3, 128), 96: (256, 3
 # Elsewhere than on Hopper there is less shared memory, and a product's operands go through registers.
 CONVOLUTION_SMALLER = {192: (128, 32, 8, 3, None), 128: (128, 64, 8, 2, 128), 96: (128, 32, 8, 3, 128),
                        0: (128, 32, 4, 3, None)}
-WINDOW, GATHER = (4096, 4), (256, 4)
+# The same for the convolution of two frames at a time, whose two accumulators leave no registers for a product's operands: it
+# is for Hopper, where these come from shared memory.
+PAIR_CONVOLUTION = {192: (128, 32, 8, 4, 255), 96: (128, 32, 4, 3, 255), 0: (64, 32, 4, 3, None)}
+WINDOW, PAIRS, GATHER = (4096, 4), (2048, 4), (256, 4)
 # cuDNN's search for the fastest algorithm. Off: its choice then depends on the shape alone, so that a run repeats.
 CUDNN_SEARCH = False
 SCORES = 2048  # rows of attention scores at one time
@@ -41,19 +45,20 @@ def _columns(channels: int) -> int:
     return next(n for n in (192, 128, 96, 64, 48, 32, 16) if channels % n == 0)
 
 
-def _setting(columns: int, cin: int, x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """(pixels, input channels a step, launch options) of a program of the convolution."""
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-    table = CONVOLUTION if hopper else CONVOLUTION_SMALLER
+def _hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def _setting(columns: int, cin: int, table: dict) -> tuple[int, int, dict[str, int]]:
+    """(pixels, input channels a step, launch options) of a program of a convolution."""
     rows, step, warps, stages, registers = table.get(columns, table[0])
     options = {"num_warps": warps, "num_stages": stages}
     return rows, min(step, cin & -cin), options if registers is None else {**options, "maxnreg": registers}
 
 
-def _launch(form: str, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, gamma: Tensor | None, out: Tensor,
+def _launch(form: str, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, out: Tensor,
             size: tuple[int, int, int]) -> None:
-    """Run the convolution kernel into ``out``, with ``gamma`` a window; ``size``: (frames, height, width) of x without room and
-    border."""
+    """Run the convolution kernel into ``out``; ``size``: (frames, height, width) of x without room and border."""
     kernels = _kernels("kernels_conv")
     frames, height, width = size
     number, cin = getattr(kernels, form), weight.shape[-1]
@@ -61,15 +66,14 @@ def _launch(form: str, x: Tensor, history: Tensor | None, weight: Tensor, bias: 
     cout = weight.shape[1 if up else 0]
     columns = _columns(cout // 2 if number == kernels.TIME else cout)
     main = 1 << (columns.bit_length() - 1)
-    rows, step, options = _setting(columns, cin, x)
+    rows, step, options = _setting(columns, cin, CONVOLUTION if _hopper(x) else CONVOLUTION_SMALLER)
     tiles = -(-height * (width + 2 * causal) // rows)
     grid = (tiles * frames * (cout // columns) * (4 if up else 1), x.shape[0])
-    given = (x if t is None else t for t in (history, weight, bias, gamma))  # what is not there is not touched
+    given = (x if history is None else history, weight, bias)  # what is not there is not touched
     with torch.cuda.device_of(x):
         kernels.frame_conv_kernel[grid](
             x, *given, out, frames, height, width, int(history is None), FORM=number, CIN=cin, COUT=cout,
-            OPERAND=kernels.operand(x.dtype), NORM=gamma is not None, ROOT=float(cout) ** 0.5, ROWS=rows, MAIN=main,
-            REST=columns - main, BLOCK_K=step, SILU=_kernels("kernels_silu").silu_form("single"), **options)
+            OPERAND=kernels.operand(x.dtype), ROWS=rows, MAIN=main, REST=columns - main, BLOCK_K=step, **options)
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -93,39 +97,64 @@ def _pass(x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor
     return x if keep else None, opened
 
 
-def open_window(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+def open_window(x: Tensor, gamma: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """See ``frames.open_window``; one read, one write. The room is not written."""
-    return _pass(x, None, None, gamma, False, True)[1]
+    return _pass(x, None, residual, gamma, False, True)[1]
 
 
 def causal_step(
     window: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None = None,
     gamma: Tensor | None = None, keep: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See ``frames.causal_step``; Triton's convolution. The next window comes from its sums if a program has all channels and
-    nothing else is to be done, otherwise from a second pass: with more in it the kernel runs out of registers."""
+    """See ``frames.causal_step``; Triton's convolution, and one pass for the rest: within it the kernel runs out of registers."""
     batch, depth, height, width, _ = window.shape
-    cout, frames, height, width = weight.shape[0], depth - PAST, height - 2, width - 2
-    size = frames, height, width
-    if gamma is not None and residual is None and not keep and _columns(cout) == cout:
-        opened = _empty(window, batch, depth, height + 2, width + 2, cout)
-        opened[:, PAST:, ::height + 1].zero_()  # the kernel writes the pixels and what lies between two rows of them
-        opened[:, PAST:, 1, 0].zero_()
-        _launch("CAUSAL", window, history, weight, bias, gamma, opened, size)
-        return None, opened
-    out = _empty(window, batch, frames, height, width, cout)
-    _launch("CAUSAL", window, history, weight, bias, None, out, size)
+    size = depth - PAST, height - 2, width - 2
+    out = _empty(window, batch, *size, len(weight))
+    _launch("CAUSAL", window, history, weight, bias, out, size)
     if residual is None and gamma is None:
         return out if keep else None, None
-    kept, opened = _pass(out, None, residual, gamma, keep, gamma is not None)
-    return kept, opened
+    return _pass(out, None, residual, gamma, keep, gamma is not None)
+
+
+def open_pairs(
+    x: Tensor, history: Tensor | None, gamma: Tensor, residual: Tensor | None = None, keep: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """See ``frames.open_pairs``; one pass, and the total goes where x was."""
+    batch, frames, height, width, channels = x.shape
+    sums = torch.empty(batch, frames // 2, 4, height + 2, width + 2, channels, device=x.device, dtype=narrow(x.dtype))
+    last = _empty(x, batch, PAST, height + 2, width + 2, channels)
+    block, (values, warps) = 1 << (channels - 1).bit_length(), PAIRS
+    pixels = max(1, values // block)
+    given = (x if t is None else t for t in (residual, gamma, history))
+    with torch.cuda.device_of(x):
+        _kernels("kernels_frames").pairs_kernel[(-(-(width + 2) // pixels), height + 2, batch)](
+            x, *given, sums, last, frames, height, width, C=channels, BLOCK_C=block, PIXELS=pixels, ROOT=float(channels) ** 0.5,
+            HAS_RESIDUAL=residual is not None, KEEP=keep, HAS_HISTORY=history is not None,
+            FORM=_kernels("kernels_silu").silu_form("single"), num_warps=warps)
+    return x if keep else None, sums, last
+
+
+def pair_conv(sums: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """See ``frames.pair_conv``; two frames a program."""
+    kernels, (batch, pairs, _, height, width, cin), cout = _kernels("kernels_conv"), sums.shape, weights.shape[1]
+    columns = _columns(cout)
+    main = 1 << (columns.bit_length() - 1)
+    rows, step, options = _setting(columns, cin, PAIR_CONVOLUTION)
+    height, width = height - 2, width - 2
+    out = _empty(bias, batch, 2 * pairs, height, width, cout)
+    grid = (-(-height * (width + 2) // rows) * pairs * (cout // columns), batch)
+    with torch.cuda.device_of(sums):
+        kernels.pair_conv_kernel[grid](
+            sums, weights, bias, out, pairs, height, width, CIN=cin, COUT=cout, OPERAND=kernels.operand(sums.dtype), ROWS=rows,
+            MAIN=main, REST=columns - main, BLOCK_K=step, **options)
+    return out
 
 
 def time_double(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """See ``frames.time_double``; the frames come out in order."""
     batch, frames, height, width, channels = x.shape
     out = _empty(x, batch, 2 * frames, height, width, channels)
-    _launch("TIME", x, history, weight, bias, None, out, (frames, height, width))
+    _launch("TIME", x, history, weight, bias, out, (frames, height, width))
     return out
 
 
@@ -148,7 +177,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See ``frames.upsample_conv``; nothing is written four times, and four products stand for nine."""
     batch, frames, height, width, _ = x.shape
     out = _empty(x, batch, frames, 2 * height, 2 * width, weight.shape[0])
-    _launch("UP", x, None, _four_kernels(weight), bias, None, out, (frames, height, width))
+    _launch("UP", x, None, _four_kernels(weight), bias, out, (frames, height, width))
     return out
 
 
@@ -249,8 +278,20 @@ def _regular(*tensors: Tensor | None) -> str | None:
     return one_dtype(*given)
 
 
-def _window_of(x, gamma=None) -> str | None:
-    return _regular(x, gamma)
+def _window_of(x, gamma=None, residual=None) -> str | None:
+    return _regular(x, gamma, residual)
+
+
+def _pairs_of(x, history, gamma, residual=None, keep=False) -> str | None:
+    return _other_card(x) or _regular(x, history, gamma, residual)
+
+
+def _pair_step(sums, weights, bias) -> str | None:
+    return _other_card(sums) or _regular(sums, weights)
+
+
+def _other_card(x: Tensor) -> str | None:
+    return "is made for Hopper cards" if x.is_cuda and not _hopper(x) else None
 
 
 def _step(window, history, weight, bias, residual=None, gamma=None, keep=True) -> str | None:
@@ -277,6 +318,8 @@ def register(operators: dict) -> None:
     ways = {open_window: _window_of, causal_step: _step, time_double: _plain, upsample_conv: _plain, pixel_conv: _pixels}
     for function, check in ways.items():
         operators[function.__name__].add("triton", function, Constraint(**needs, check=check))
+    operators["open_pairs"].add("triton", open_pairs, Constraint(**needs, check=_pairs_of))
+    operators["pair_conv"].add("triton", pair_conv, Constraint(**needs | {"dtypes": (torch.float16,)}, check=_pair_step))
     for function in (cudnn_causal_step, cudnn_time_double, cudnn_upsample_conv):
         name = function.__name__.removeprefix("cudnn_")
         operators[name].add("cudnn", function, Constraint(**needs, check=ways[globals()[name]]))

@@ -86,6 +86,56 @@ def window_kernel(
             tl.store(edge + b[None, :], tl.zeros((2, REST), kind), mask=mine[:, None] & real_b[None, :])
 
 
+@triton.jit
+def _normed(
+    x, residual, gamma, at, n, inside, real, KEEP: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROOT: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """SiLU(norm(x + residual)) of pixels, rounded to x's type; KEEP: the sum goes where x was."""
+    value = _total(x, x, residual, at, n, inside, real, False, HAS_RESIDUAL)
+    if KEEP:
+        tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
+    inverse = tl.rsqrt(tl.maximum(tl.sum(value * value, 1), 1e-24)) * ROOT
+    return _activated(value, inverse, gamma, n, real, FORM).to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["frames", "height", "width"])
+def pairs_kernel(
+    x, residual, gamma, history, sums, last, frames, height, width, C: tl.constexpr, BLOCK_C: tl.constexpr, PIXELS: tl.constexpr,
+    ROOT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP: tl.constexpr, HAS_HISTORY: tl.constexpr, FORM: tl.constexpr,
+):
+    """``frames.open_pairs``. Programs: PIXELS pixels of a row with its border, the rows with theirs, the batch; each walks along
+    time and reads every frame once."""
+    column = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS) - 1
+    line, batch, pairs = tl.program_id(1) - 1, tl.program_id(2).to(tl.int64), frames // 2
+    wide, n = width + 2, tl.arange(0, BLOCK_C)
+    area, frame, real = (height + 2).to(tl.int64) * wide * C, height.to(tl.int64) * width * C, n < C
+    shown = (column <= width)[:, None] & real[None, :]
+    inside = shown & (column >= 0)[:, None] & (column < width)[:, None] & (line >= 0) & (line < height)
+    at = (line * width + column)[:, None] * C + n[None, :]
+    place = ((line + 1) * wide + column + 1)[:, None] * C + n[None, :]
+    before, same = tl.zeros((PIXELS, BLOCK_C), tl.float32), tl.zeros((PIXELS, BLOCK_C), tl.float32)
+    if HAS_HISTORY:
+        past = history + batch * 2 * area + place
+        before = tl.load(past, mask=inside, other=0.0).to(tl.float32)
+        same = tl.load(past + area, mask=inside, other=0.0).to(tl.float32)
+    goal = sums + batch * pairs * 4 * area + place
+    kind = sums.dtype.element_ty
+    for p in range(pairs):
+        here = (batch * frames + 2 * p) * frame
+        after = _normed(x + here, residual + here, gamma, at, n, inside, real, KEEP, HAS_RESIDUAL, ROOT, FORM)
+        tl.store(goal, (before - after).to(kind), mask=shown)
+        tl.store(goal + area, (same + after).to(kind), mask=shown)
+        tl.store(goal + 2 * area, (after - same).to(kind), mask=shown)
+        here += frame
+        latest = _normed(x + here, residual + here, gamma, at, n, inside, real, KEEP, HAS_RESIDUAL, ROOT, FORM)
+        tl.store(goal + 3 * area, (same - latest).to(kind), mask=shown)
+        before, same = after, latest
+        goal += 4 * area
+    tl.store(last + batch * 2 * area + place, before.to(last.dtype.element_ty), mask=shown)
+    tl.store(last + batch * 2 * area + area + place, same.to(last.dtype.element_ty), mask=shown)
+
+
 @triton.jit(do_not_specialize=["frames", "height", "width", "plane"])
 def gather_taps_kernel(
     products, bias, out, frames, height, width, plane, ROWS: tl.constexpr, OUT: tl.constexpr, PIXELS: tl.constexpr,

@@ -9,6 +9,7 @@ Not covered: encoding, gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -46,6 +47,11 @@ class _Conv:
     def __init__(self, module: nn.Module, like: Tensor):
         self.weight, self.bias = _kernel(module.weight, like), module.bias.detach().to(like.device, like.dtype)
 
+    @functools.cached_property
+    def pairs(self) -> Tensor:
+        """The weight for two frames at a time."""
+        return ops.frame_weights(self.weight)
+
     def product(self, frames: Tensor) -> Tensor:
         """A convolution of size one on ``[frames, ..., in]``: a product a frame, so that its bits do not depend on the others."""
         out = frames.new_empty(*frames.shape[:-1], len(self.bias))
@@ -69,13 +75,14 @@ class _Block:
 
 
 class _Flow:
-    """What goes through the decoder: frames, and the window that the next convolution reads (None: not made yet).
+    """What goes through the decoder: frames, and what the next convolution reads (None: not made yet): a ``window`` or, for two
+    frames at a time, the sums of ``pairs``.
 
     Held here alone, so that the memory of each is free as soon as what follows is there.
     """
 
     def __init__(self, x: Tensor | None, window: Tensor | None):
-        self.x, self.window = x, window
+        self.x, self.window, self.pairs = x, window, None
 
 
 class FusedDecoder:
@@ -108,9 +115,12 @@ class FusedDecoder:
         flow.x = self._attention(flow.x)
         flow.window = ops.open_window(flow.x, self.middle[1].norms[0])
         self._block(flow, self.middle[1], cache, self.stages[0][0][0].norms[0])
-        for blocks, time, up in self.stages:
-            if flow.window is None:
-                flow.window = ops.open_window(flow.x, blocks[0].norms[0])
+        for stage, (blocks, time, up) in enumerate(self.stages):
+            first = blocks[0].norms[0]
+            if stage > 0 and _takes_pairs(flow.x, first):
+                self._open_pairs(flow, flow.x, first, None, cache, False)
+            elif flow.window is None:
+                flow.window = ops.open_window(flow.x, first)
             norms = [*(block.norms[0] for block in blocks[1:]), self.head_norm if up is None else None]
             for block, following in zip(blocks, norms):
                 self._block(flow, block, cache, following, keep=following is not self.head_norm)
@@ -134,8 +144,26 @@ class FusedDecoder:
 
     def _conv(self, flow: _Flow, conv: _Conv, cache, gamma: Tensor | None, keep: bool = True,
               residual: Tensor | None = None) -> None:
-        history = self._history(flow.window, cache)
-        flow.x, flow.window = ops.causal_step(flow.window, history, conv.weight, conv.bias, residual, gamma, keep)
+        if flow.pairs is None:
+            history = self._history(flow.window, cache)
+            flow.x, flow.window = ops.causal_step(flow.window, history, conv.weight, conv.bias, residual, gamma, keep)
+            return
+        y, flow.pairs = ops.pair_conv(flow.pairs, conv.pairs, conv.bias), None
+        if gamma is None:
+            flow.x = y if residual is None else y.add_(residual)
+        elif gamma is self.head_norm:
+            flow.window = ops.open_window(y, gamma, residual)
+        else:
+            flow.x = self._open_pairs(flow, y, gamma, residual, cache, keep)
+
+    @staticmethod
+    def _open_pairs(flow: _Flow, x: Tensor, gamma: Tensor, residual: Tensor | None, cache, keep: bool) -> Tensor | None:
+        """Make what the next convolution, of the cache's next slot, reads of ``x + residual``; returns that to ``keep`` it."""
+        slot = cache.slot()
+        history = None if cache.slots[slot] is None else _padded(cache.slots[slot], x)
+        total, flow.pairs, last = ops.open_pairs(x, history, gamma, residual, keep)
+        cache.slots[slot] = last[:, :, 1:-1, 1:-1].movedim(-1, 1)
+        return total
 
     @staticmethod
     def _history(window: Tensor, cache) -> Tensor | None:
@@ -170,6 +198,13 @@ class FusedDecoder:
         normed = ops.rms_norm(frames, self.attention_norm, 1e-24 / frames.shape[-1])
         q, k, v = (t.contiguous() for t in self.qkv.product(normed).chunk(3, -1))
         return x + self.proj.product(ops.frame_attention(q, k, v)).view_as(x)
+
+
+def _takes_pairs(x: Tensor, gamma: Tensor) -> bool:
+    """Whether frames go through the convolutions by twos: an even number of them, so that a video's pairs are the same in any
+    partition (after the first stage a latent frame has two or four), where the kernels run."""
+    return (x.shape[1] % 2 == 0 and ops.open_pairs.choose(x, None, gamma)[0] != "reference"
+            and ("triton", str(x.device)) not in ops.pair_conv.faults)
 
 
 def _padded(slot: Tensor, like: Tensor) -> Tensor:

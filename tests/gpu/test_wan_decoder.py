@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from sana_video_core import ops
 from sana_video_core.film import WanStream
+from sana_video_core.film.transfer import to_cpu
 from sana_video_core.ops import frames, frames_fused
 from sana_video_core.ops.frames import PAST
 from sana_video_core.vae import fused
@@ -184,7 +185,7 @@ def test_film_stream_gives_the_bytes_of_one_decode():
     latent = latents(10)
     stream = WanStream(half)
     stream.start(None)
-    pieces = torch.cat([piece for part in latent.split((4, 6), 2) for piece in stream.decode(part)])
+    pieces = torch.cat([piece for part in latent.split((4, 6), 2) for piece in to_cpu(stream.decode(part))])
     raw = stream._raw(latent)
     expected = (half.decode(raw)[0].movedim(0, -1).float().clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)
     assert pieces.device.type == "cpu" and torch.equal(pieces, expected.cpu())

@@ -93,6 +93,10 @@ def decoder_calls(frames_fused) -> None:
     step(192, 192, gamma=new(192), keep=False)
     step(96, 96, frames(96), new(96))
     step(96, 96, gamma=new(96), keep=False)
+    for channels in (96, 192, 384) if frames_fused._hopper(None) else ():
+        total, sums, _ = frames_fused.open_pairs(
+            new(1, 4, 60, 104, channels), new(1, 2, 62, 106, channels), new(channels), new(1, 4, 60, 104, channels), True)
+        frames_fused.pair_conv(sums, new(4, channels, 3, 3, channels, dtype=torch.float16), new(channels))
     frames_fused.open_window(frames(192))
     frames_fused._pass(frames(96), new(96), frames(96), new(96), True, True)  # after a convolution of cuDNN
     frames_fused.upsample_conv(frames(384), new(192, 3, 3, 384), new(192))
@@ -109,14 +113,7 @@ def settings_of(modules, capability: int) -> None:
     fused, frames = modules
     hopper = capability == 90
     fused._setting = lambda name, x: fused.TUNING[name] if hopper else fused.SMALLER.get(name, fused.TUNING[name])
-    table = frames.CONVOLUTION if hopper else frames.CONVOLUTION_SMALLER
-
-    def setting(columns, cin, x):
-        rows, step, warps, stages, registers = table.get(columns, table[0])
-        options = {"num_warps": warps, "num_stages": stages}
-        return rows, min(step, cin & -cin), options if registers is None else {**options, "maxnreg": registers}
-
-    frames._setting = setting
+    frames._hopper = lambda x: hopper
 
 
 def kind_of(value) -> str:
