@@ -1,9 +1,9 @@
 """Making a film: sample what is not finished, store each block at once, decode it while the film goes on.
 
-A block is on disk before the next one is begun. Where a card decodes, the CPU's work runs beside it (``FilmVideo.overlap``):
-a block is written while it is decoded, and its frames are encoded while the next one is sampled. What the decoder has queued on
-the card is not waited for before the next block is queued behind it. Knows neither the model nor the VAE: it is handed a
-function that samples blocks and a decoder. Resuming is the normal case.
+A block is on disk before the next one is begun. Where a card decodes, the CPU's work runs beside it (``FilmVideo.overlap``): a
+block is written while it is decoded (and on, if the card is faster than the disk), and its frames are encoded while the next one
+is sampled. The last frames that the decoder has queued are not waited for before the next block is queued behind them. Knows
+neither the model nor the VAE: it is handed a function that samples blocks and a decoder. Resuming is the normal case.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def make_film(
     decoder has done its part) and "shown" (the file has it); what it raises ends the run, with everything finished on disk.
     """
     total, done, hear = len(film.plan.blocks), film.finished(), on_block or (lambda block, what: None)
-    show = None if video is None else _Show(video, hear)
+    show, stores = None if video is None else _Show(video, hear), _Store(hear)
     try:
         if show is not None:
             for number in range(video.open(), done):
@@ -48,19 +48,22 @@ def make_film(
             for number, block in enumerate(sample(done, state), done):
                 latent, state = block.latent.detach().float(), block.state
                 del block
-                _keep(film, number, latent, state, show, hear)
+                _keep(film, number, latent, state, show, stores, hear)
                 if not keep_states:
                     film.drop_state(number - 2)
+        stores.finish()
         if show is not None:
             show.finish()
             video.catch_up()
     finally:
+        stores.settle()
         if video is not None:
             video.settle()
     return state
 
 
-def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None, show: _Show | None, hear) -> None:
+def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None, show: _Show | None, stores: _Store,
+          hear) -> None:
     """Store a block, and decode it."""
     if show is None or not show.video.overlap:
         film.write_block(number, latent.cpu(), state)
@@ -75,13 +78,36 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
     def store() -> None:
         film.write_block(number, latent_there(), state_there())
 
-    stored = in_background(store)
+    stored = stores.begin(number, store)
     try:
         show.begin(number, latent, stored)
     finally:  # also after a failure or Cancel in the decoder: the block is finished
-        stored.result()
-        hear(number, "sampled")
+        stores.finish(wait=not latent.is_cuda)
     show.decoded()
+
+
+class _Store:
+    """Blocks on their way to the disk. One may still be while the next is sampled: where a card is faster than the disk."""
+
+    def __init__(self, hear):
+        self.hear, self.pending = hear, None
+
+    def begin(self, block: int, write: Callable[[], None]) -> Future:
+        self.finish()
+        self.pending = block, in_background(write)
+        return self.pending[1]
+
+    def finish(self, wait: bool = True) -> None:
+        """The block begun is on disk, or what went wrong is raised; without ``wait`` only if that is known already."""
+        if self.pending is not None and (wait or self.pending[1].done()):
+            (block, stored), self.pending = self.pending, None
+            stored.result()
+            self.hear(block, "sampled")
+
+    def settle(self) -> None:
+        """Wait, where something else has gone wrong already."""
+        if self.pending is not None:
+            self.pending[1].exception()
 
 
 class _Show:

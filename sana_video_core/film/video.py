@@ -14,7 +14,8 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..state.atomic import PART, SYSTEM, append_synced, disk_error, hasher, writ
 from ..vae.wan import DECODER_MEMORY, WanCache, WanVAE, denormalize
 from .background import Feed, in_background
 from .folder import Film
-from .transfer import soon_on_cpu, to_cpu
+from .transfer import AHEAD, soon_on_cpu, to_cpu
 
 TICKS = 1000  # of the video's clock in one frame, times the denominator of the frame rate
 VIDEO = "film.mp4"
@@ -74,6 +75,16 @@ class WanStream:
             if piece is None:
                 return
             yield _bytes(piece[0].movedim(0, -1))
+
+
+def _few_ahead(coming: Iterable[Callable[[], Tensor]]) -> Iterator[Callable[[], Tensor]]:
+    """The same, each as soon as all but the last :data:`AHEAD` before it have come: what is queued on a card stays short."""
+    waiting: deque[Callable[[], Tensor]] = deque()
+    for piece in coming:
+        yield piece
+        waiting.append(piece)
+        if len(waiting) > AHEAD:
+            waiting.popleft()()
 
 
 def _bytes(frames: Tensor) -> Tensor:
@@ -228,8 +239,8 @@ class FilmVideo:
         feed = Feed()
         self._pending = in_background(self._encode, block, (frames() for frames in feed), stored)
         try:
-            for frames in self.decoder.decode(latent):
-                feed.put(soon_on_cpu(frames))
+            for frames in _few_ahead(soon_on_cpu(frames) for frames in self.decoder.decode(latent)):
+                feed.put(frames)
             feed.end()
             self._ready = block + 1
         finally:

@@ -29,8 +29,8 @@ CONVOLUTION_SMALLER = {192: (128, 32, 8, 3, None), 128: (128, 64, 8, 2, 128), 96
                        0: (128, 32, 4, 3, None)}
 # The same for the convolution of two frames at a time, whose two accumulators leave no registers for a product's operands: it
 # is for Hopper, where these come from shared memory.
-PAIR_CONVOLUTION = {192: (128, 32, 8, 4, 255), 96: (128, 32, 4, 3, 255), 0: (64, 32, 4, 3, None)}
-WINDOW, PAIRS, GATHER = (4096, 4), (2048, 4), (256, 4)
+PAIR_CONVOLUTION = {192: (128, 32, 8, 4, 255), 96: (64, 32, 4, 4, 168), 0: (64, 32, 4, 3, None)}
+WINDOW, PAIRS, GATHER = (4096, 4), (1024, 4), (256, 4)
 # cuDNN's search for the fastest algorithm. Off: its choice then depends on the shape alone, so that a run repeats.
 CUDNN_SEARCH = False
 SCORES = 2048  # rows of attention scores at one time

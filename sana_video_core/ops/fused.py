@@ -23,7 +23,7 @@ WORDS_HELD, WORDS_A_STEP = 128, 64  # text tokens that a program holds for all i
 # depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
 TUNING = {
     "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (1,), "state": (64, 4, 2),
-    "totals": (16, 256, 256, 32, 4), "apply": (64, 8, 4, 2), "depthwise": (64, 1, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
+    "totals": (16, 256, 256, 32, 4), "apply": (64, 8, 4, 3), "depthwise": (64, 1, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
     "norm_fp8": (2,), "taps_fp8": (2,), "text": (64, 8, 4, 3),
 }
 # A thread of the depthwise convolution wants 165 registers; with 128 it spills none, and a third more of them run at one time.
@@ -151,13 +151,14 @@ def linear_attention(
     vk = torch.empty(batch, heads, splits, dim, dim, **new)
     ksum = torch.empty(batch, parts, heads, dim, **new)
     out = torch.empty_like(keys)
+    turns = torch.empty(tokens, dim // 2, 2, device=qkv.device, dtype=torch.float16).view(torch.int32)  # cosine, sine
     kernels, half = _kernels("kernels_attention"), qkv.dtype == torch.bfloat16
     words, key_words, gain_words = (t.view(torch.int32) if half else t for t in (qkv, keys, k_weight))
     operand, block = _kernels().operand, max(_block(dim), 32)  # a product's two halves of a head have 16 channels or more
     with torch.cuda.device_of(qkv):
         sizes = {k: v for k, v in _row(heads).items() if k != "C"}
         kernels.attention_keys_kernel[(parts, batch)](
-            qkv, words, k_weight, gain_words, cos, sin, keys, key_words, ksum, tokens, norm_eps, WORDS=half,
+            qkv, words, k_weight, gain_words, cos, sin, turns, keys, key_words, ksum, tokens, norm_eps, WORDS=half,
             NATIVE=kernels.native(), HEADS=heads, HALF=dim // 2, HALF_BLOCK=1 << (dim // 2 - 1).bit_length(), **sizes,
             TOKENS=KEY_TOKENS, num_warps=TUNING["keys"][0])
         rows, warps, stages = _setting("state", qkv)
@@ -167,7 +168,7 @@ def linear_attention(
         own, total = _totals(vk, ksum, history)
         rows, tiles, warps, stages = _setting("apply", qkv)
         kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
-            qkv, words, q_weight, cos, sin, total.vk.view(torch.int64), total.ksum, out, tokens,
+            qkv, words, q_weight, cos, sin, turns, total.vk.view(torch.int64), total.ksum, out, tokens,
             heads, eps, OPERAND=operand(torch.float16), WORDS=half, D=dim, BLOCK_D=block, ROWS=rows, TILES=tiles,
             num_warps=warps, num_stages=stages)
     return out, own

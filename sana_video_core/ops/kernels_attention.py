@@ -36,11 +36,26 @@ def _both(values, at, inside):
 
 
 @triton.jit
-def _rotated(a, b, cos, sin, n, j, inside, HALF: tl.constexpr):
-    """Pairs ``(a, b) [ROWS, HALF_BLOCK]`` turned by the angles of tokens ``n``."""
+def _rotated(a, b, cos, sin, turns, n, j, inside, HALF: tl.constexpr, WORDS: tl.constexpr):
+    """Pairs ``(a, b) [ROWS, HALF_BLOCK]`` turned by the angles of tokens ``n``; WORDS: of cosines and sines in one word."""
     at = n[:, None] * HALF + j[None, :]
-    c, s = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
+    if WORDS:
+        word = tl.load(turns + at, mask=inside, other=0)
+        c = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        s = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        c, s = tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
     return a * c - b * s, a * s + b * c
+
+
+@triton.jit
+def _half_word(first, second, NATIVE: tl.constexpr):
+    """Two float32 values as the float16 halves of one word."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True,
+                                         pack=1)
+    low = first.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (second.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
@@ -72,14 +87,15 @@ def _put_sums(total, place, a, b, inside):
 
 @triton.jit(do_not_specialize=["tokens"])
 def attention_keys_kernel(
-    qkv, words, weight, gain_words, cos, sin, keys, key_words, ksum, tokens, eps, WORDS: tl.constexpr, NATIVE: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    TOKENS: tl.constexpr,
+    qkv, words, weight, gain_words, cos, sin, turns, keys, key_words, ksum, tokens, eps, WORDS: tl.constexpr,
+    NATIVE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, MAIN: tl.constexpr,
+    REST: tl.constexpr, TOKENS: tl.constexpr,
 ):
     """The rotated keys ``[tokens, pairs of all heads]``, and the sum of the unrotated ones over TOKENS tokens.
 
     A program holds all heads of a token (``[MAIN, HALF_BLOCK]`` pairs and REST heads more, see ``kernels.py``): the key norm
-    needs them, and the rotary table of HALF pairs is read once instead of once a head.
+    needs them, and the rotary table of HALF pairs is read once instead of once a head. WORDS: the table is also written in half
+    the precision, which is enough where float16 is what it turns, and half the bytes (``turns``).
     """
     j = tl.arange(0, HALF_BLOCK)
     real = j < HALF
@@ -102,8 +118,11 @@ def attention_keys_kernel(
             e, f = _pairs(qkv, words, key + r, real_r & here, WORDS)
             squares += tl.sum(e * e + f * f)
         inverse = tl.rsqrt(squares / (2 * HEADS * HALF) + eps)  # positive: it may come after the ReLU
-        c = tl.load(cos + n * HALF + j, mask=real & here, other=0.0) * inverse
-        s = tl.load(sin + n * HALF + j, mask=real & here, other=0.0) * inverse
+        c = tl.load(cos + n * HALF + j, mask=real & here, other=0.0)
+        s = tl.load(sin + n * HALF + j, mask=real & here, other=0.0)
+        if WORDS:
+            tl.store(turns + n * HALF + j, _half_word(c, s, NATIVE), mask=real & here & (batch == 0))
+        c, s = c * inverse, s * inverse
         gain_a, gain_b = _pairs(weight, gain_words, p, real_p, WORDS)
         a, b = tl.maximum(a * gain_a, 0.0), tl.maximum(b * gain_b, 0.0)
         sum_a += a * inverse
@@ -182,7 +201,7 @@ def attention_totals_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def attention_apply_kernel(
-    qkv, words, weight, cos, sin, vk, ksum, out, tokens, heads, eps, OPERAND: tl.constexpr, WORDS: tl.constexpr,
+    qkv, words, weight, cos, sin, turns, vk, ksum, out, tokens, heads, eps, OPERAND: tl.constexpr, WORDS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):
     """``(state q') / (ksum . q + eps)`` for TILES tiles of ROWS tokens of one head; q' is q rotated. ``vk`` comes as int64.
@@ -216,7 +235,7 @@ def attention_apply_kernel(
         factor = 1.0 / tl.maximum(tl.max(tl.maximum(a, b), 1), 1e-30)
         below = (tl.sum(a * total_a[None, :] + b * total_b[None, :], 1) + eps) * factor
         a, b = a * factor[:, None], b * factor[:, None]
-        a, b = _rotated(a, b, cos, sin, n, j, inside, HALF)
+        a, b = _rotated(a, b, cos, sin, turns, n, j, inside, HALF, WORDS)
         above = tl.dot(a.to(OPERAND), state_a, input_precision="ieee")
         above = tl.dot(b.to(OPERAND), state_b, above, input_precision="ieee")
         result = (above * (largest / below)[:, None]).to(out.dtype.element_ty)
