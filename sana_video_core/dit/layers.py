@@ -305,6 +305,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
         attended, own = self.attn(_modulated(self.attn.qkv, x, shift1, scale1), ctx, history)
         x = ops.gated_residual(x, attended, gate1)
+        del attended  # its memory is wanted below
         join = ops.residual_norm_fp8 if takes_rows(self.mlp.inverted_conv.conv, x) else ops.residual_norm
         x, normed = join(x, self.cross_attn(x, ctx), shift2, scale2)
         spatial, temporal, tail = self.mlp(normed, ctx.grid, None if history is None else history.tail)

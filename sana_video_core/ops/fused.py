@@ -225,7 +225,7 @@ def gated_depthwise(
     most = {"maxnreg": DEPTHWISE_REGISTERS} if x.is_cuda and torch.version.cuda is not None else {}
     kernels = _kernels("kernels_depthwise")
     strips = -(-width // kernels.COLUMNS)
-    taps = weight.reshape(channels, 9).t().contiguous()
+    taps = weight.contiguous()
     out = torch.empty(batch, tokens, hidden, device=x.device, dtype=x.dtype) if out is None else out
     half = x.dtype == torch.bfloat16 and hidden % 2 == 0
     with torch.cuda.device_of(x):

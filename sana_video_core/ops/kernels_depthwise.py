@@ -44,18 +44,18 @@ def _activated(x, y, WORDS: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def _three(at, real, STEP: tl.constexpr):
+def _three(at, real):
     """One row of the 3x3 weights; float32."""
-    return (tl.load(at, mask=real, other=0.0).to(tl.float32), tl.load(at + STEP, mask=real, other=0.0).to(tl.float32),
-            tl.load(at + 2 * STEP, mask=real, other=0.0).to(tl.float32))
+    return (tl.load(at, mask=real, other=0.0).to(tl.float32), tl.load(at + 1, mask=real, other=0.0).to(tl.float32),
+            tl.load(at + 2, mask=real, other=0.0).to(tl.float32))
 
 
 @triton.jit
-def _nine(at, real, STEP: tl.constexpr):
+def _nine(at, real):
     """The 3x3 weights; float32."""
-    w0, w1, w2 = _three(at, real, STEP)
-    w3, w4, w5 = _three(at + 3 * STEP, real, STEP)
-    w6, w7, w8 = _three(at + 6 * STEP, real, STEP)
+    w0, w1, w2 = _three(at, real)
+    w3, w4, w5 = _three(at + 3, real)
+    w6, w7, w8 = _three(at + 6, real)
     return w0, w1, w2, w3, w4, w5, w6, w7, w8
 
 
@@ -83,7 +83,7 @@ def gated_depthwise_kernel(
     x, words, taps, bias, out, height, width, strips,
     HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr, WORDS: tl.constexpr, BLOCK_C: tl.constexpr, FORM: tl.constexpr,
 ):
-    """x ``[frames, height, width, 2 * HIDDEN]`` before its SiLU, taps ``[9, 2 * HIDDEN]`` -> ``[frames, height, width, HIDDEN]``.
+    """x ``[frames, height, width, 2 * HIDDEN]`` before its SiLU, taps ``[2 * HIDDEN, 9]`` -> ``[frames, height, width, HIDDEN]``.
 
     A program walks down a strip of four columns for BLOCK_C value channels and their gate channels. Every row read is
     activated once and added to the sums of three output rows: the one above is then complete, the other two go on (sums
@@ -104,8 +104,8 @@ def gated_depthwise_kernel(
         at, m1, STEP, GATE = x + (corner - 1) * WIDE + c, real, WIDE, HIDDEN
     m0, m2, m3 = m1 & (column > 0), m1 & (column + 1 < width), m1 & (column + 2 < width)
     m4, m5 = m1 & (column + 3 < width), m1 & (column + 4 < width)
-    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _nine(taps + c, real, WIDE)
-    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _nine(taps + c + HIDDEN, real, WIDE)
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _nine(taps + 9 * c, real)
+    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _nine(taps + 9 * (c + HIDDEN), real)
     v_bias, g_bias = tl.zeros((BLOCK_C // 2, 2), tl.float32), tl.zeros((BLOCK_C // 2, 2), tl.float32)
     if HAS_BIAS:
         v_bias = tl.load(bias + c, mask=real, other=0.0).to(tl.float32)

@@ -90,4 +90,5 @@ def products(u: Tensor, frames: int, tail: Tensor | None, weight: Tensor) -> Ten
         if out is None:
             out = sums.new_empty(len(u), *sums.shape[1:])
         torch.bmm(sums[0], weights, out=out[row])
+        del sums  # before the next row's are made
     return out

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -170,7 +171,7 @@ class _Finite:
     """Whether all ``tensors`` hold numbers only. Asking waits until they are made, and for nothing queued after them."""
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.answer, self.known = torch.stack([torch.isfinite(t).all() for t in tensors]).all(), None
+        self.answer, self.known = _all_numbers(tensors), None
         if self.answer.is_cuda:
             self.answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(self.answer, non_blocking=True)
             self.known = torch.cuda.Event()
@@ -180,6 +181,14 @@ class _Finite:
         if self.known is not None:
             self.known.synchronize()
         return bool(self.answer)
+
+
+def _all_numbers(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether the largest value of all is one; a few kernels for all tensors, where four for each took 1 ms a block."""
+    largest = getattr(torch.nn.utils, "get_total_norm", None)
+    if largest is None:  # before torch 2.6
+        return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
+    return torch.isfinite(largest(tensors, math.inf))
 
 
 class _ReadOnce:
