@@ -8,6 +8,7 @@ neither the model nor the VAE: it is handed a function that samples blocks and a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
@@ -78,10 +79,11 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
     def store() -> None:
         film.write_block(number, latent_there(), state_there())
 
-    stored = stores.begin(number, store)
+    begin = functools.cache(lambda: stores.begin(number, store))
     try:
-        show.begin(number, latent, stored)
+        show.begin(number, latent, begin)
     finally:  # also after a failure or Cancel in the decoder: the block is finished
+        begin()
         stores.finish(wait=not latent.is_cuda)
     show.decoded()
 
@@ -116,9 +118,9 @@ class _Show:
     def __init__(self, video: FilmVideo, hear):
         self.video, self.hear, self.last = video, hear, None
 
-    def begin(self, block: int, latent: Tensor | None = None, stored: Future | None = None) -> None:
+    def begin(self, block: int, latent: Tensor | None = None, store: Callable[[], Future] | None = None) -> None:
         self.finish()
-        self.video.begin(block, latent, stored)
+        self.video.begin(block, latent, store)
         self.last = block
 
     def decoded(self) -> None:

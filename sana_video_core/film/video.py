@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import secrets
@@ -35,6 +36,7 @@ TICKS = 1000  # of the video's clock in one frame, times the denominator of the 
 VIDEO = "film.mp4"
 PRESET = "veryfast"  # on 832x480 "medium" needs four times the processor's time
 THREADED = 1 << 17  # pixels of a frame from which on several threads are faster than one
+INDEX = 8192, 16  # bytes for the index of a film, and for each of its frames
 _MARK = b"sana-video:"
 
 
@@ -215,10 +217,11 @@ class FilmVideo:
         except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration):
             return None  # made anew from the latent
 
-    def begin(self, block: int, latent: Tensor | None = None, stored: Future | None = None) -> None:
+    def begin(self, block: int, latent: Tensor | None = None, store: Callable[[], Future] | None = None) -> None:
         """Decode a block; its frames are encoded and appended to the file at the latest when :meth:`finish` returns.
 
-        ``latent``: the block's, where it is not on disk yet; ``stored`` ends when it is, and before that nothing is appended.
+        ``latent``: the block's, where it is not on disk yet; what ``store()`` returns ends when it is, and before that nothing is
+        appended. Threads begin when a card has work: starting two while it waits cost 2 ms a block and more.
         """
         self.finish()
         if block != self.blocks:
@@ -233,13 +236,15 @@ class FilmVideo:
         self._ready = None  # until it has gone well
         latent = self.film.latent(block) if latent is None else latent
         if not self.overlap:
-            self._encode(block, to_cpu(self.decoder.decode(latent)), stored)
+            self._encode(block, to_cpu(self.decoder.decode(latent)), None if store is None else store())
             self._ready = block + 1
             return
-        feed = Feed()
-        self._pending = in_background(self._encode, block, (frames() for frames in feed), stored)
+        pieces, feed = _few_ahead(soon_on_cpu(frames) for frames in self.decoder.decode(latent)), Feed()
         try:
-            for frames in _few_ahead(soon_on_cpu(frames) for frames in self.decoder.decode(latent)):
+            first = next(pieces, None)
+            stored = None if store is None else store()
+            self._pending = in_background(self._encode, block, (frames() for frames in feed), stored)
+            for frames in itertools.chain(() if first is None else (first,), pieces):
                 feed.put(frames)
             feed.end()
             self._ready = block + 1
@@ -330,7 +335,7 @@ class FilmVideo:
         if self.blocks and not self._complete():
             part = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}{PART}")
             try:
-                _remux(self.path, part)
+                _remux(self.path, part, self.frames)
                 append_synced(part, self._end())
                 SYSTEM.replace(part, self.path)
                 SYSTEM.sync_folder(self.path.parent)
@@ -341,10 +346,11 @@ class FilmVideo:
                     part.unlink()
 
 
-def _remux(source: Path, target: Path) -> None:
+def _remux(source: Path, target: Path, frames: int) -> None:
+    """The packets of ``source`` as an ordinary MP4; the index comes first, in room left for it, so that all is written once."""
     import av
 
-    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    options = {"moov_size": str(INDEX[0] + INDEX[1] * frames), "fflags": "+bitexact"}
     with av.open(str(source)) as old, av.open(str(target), "w", format="mp4", options=options) as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)

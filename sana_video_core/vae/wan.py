@@ -10,6 +10,7 @@ Not covered: loading (``vae/loading.py``), tiling.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,8 +30,14 @@ DECODER_MEMORY = 38
 
 
 def _statistics(latent: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (1, -1, 1, 1, 1)
-    return latent.new_tensor(WAN21_MEAN).view(shape), latent.new_tensor(WAN21_STD).view(shape)
+    return _statistics_on(latent.device, latent.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics_on(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Kept, because making them on a card waits for it."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(v, device=device, dtype=dtype).view(1, -1, 1, 1, 1) for v in (WAN21_MEAN, WAN21_STD))
 
 
 def normalize(latent: Tensor) -> Tensor:
