@@ -13,8 +13,6 @@ import pytest
 HELPER = Path(__file__).parents[1] / "helpers" / "kernel_builds.py"
 SHARED = {80: 166912, 89: 101376, 90: 232448, 120: 101376}  # bytes of shared memory that a program can have
 SPILLED = 100  # bytes of a thread that do not fit into registers: more cost time in a loop
-# Its sums fill the registers; by the compiler's listing what does not fit is written once, after the loop.
-AFTER_THE_LOOP = {"frame_conv_kernel": 1000}
 
 
 @pytest.mark.parametrize(("capability", "options"), [(90, ()), (120, ("--no-decoder",))], ids=["H100", "RTX 50"])
@@ -23,10 +21,11 @@ def test_kernels_build_and_fit(capability, options, tmp_path):
     done = subprocess.run([sys.executable, HELPER, str(capability), *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {"residual_norm", "rms", "attention_keys", "attention_state", "attention_apply", "gated_depthwise",
-               "temporal_taps", "largest", "scale", "row_fp8", "temporal_taps_fp8", "query_factor", "text_attention"}
-    if not options:
-        kernels |= {"frame_conv", "window", "gather_taps"}
+    kernels = {"residual_norm", "rms", "attention_keys", "attention_state", "attention_totals", "attention_apply",
+               "gated_depthwise", "temporal_taps", "time_pairs", "pair_weights", "pair_residual", "largest", "scale", "row_fp8",
+               "temporal_taps_fp8", "query_factor", "text_attention"}
+    if not options:  # two frames at a time are decoded on Hopper alone
+        kernels |= {"frame_conv", "window", "gather_taps", "pairs", "pair_conv"}
     assert {row["kernel"] for row in rows} == {f"{name}_kernel" for name in kernels}
     for row in rows:
-        assert row["shared"] <= SHARED[capability] and row["spilled"] <= AFTER_THE_LOOP.get(row["kernel"], SPILLED), row
+        assert row["shared"] <= SHARED[capability] and row["spilled"] <= SPILLED, row
