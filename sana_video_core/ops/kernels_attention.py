@@ -49,23 +49,14 @@ def _rotated(a, b, cos, sin, turns, n, j, inside, HALF: tl.constexpr, WORDS: tl.
 
 
 @triton.jit
-def _half_word(first, second, NATIVE: tl.constexpr):
-    """Two float32 values as the float16 halves of one word."""
+def _word(first, second, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Two float32 values as the halves of one word, float16 or bfloat16; NATIVE: by the one instruction that NVIDIA's cards
+    have for it."""
     if NATIVE:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True,
-                                         pack=1)
-    low = first.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (second.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _bfloat_word(first, second, NATIVE: tl.constexpr):
-    """Two float32 values as the bfloat16 halves of one word; NATIVE: by the one instruction that NVIDIA's cards have for it."""
-    if NATIVE:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True,
-                                         pack=1)
-    low = first.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (second.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        code: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if KIND == tl.float16 else "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(code, "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1)
+    low = first.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (second.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
@@ -73,7 +64,7 @@ def _put_keys(keys, key_words, goal, a, b, turn_c, turn_s, inside, WORDS: tl.con
     """Store the pairs ``(a, b) [heads, pairs]`` turned."""
     a, b = a * turn_c[None, :] - b * turn_s[None, :], a * turn_s[None, :] + b * turn_c[None, :]
     if WORDS:
-        tl.store(key_words + goal, _bfloat_word(a, b, NATIVE), mask=inside)
+        tl.store(key_words + goal, _word(a, b, tl.bfloat16, NATIVE), mask=inside)
     else:
         tl.store(keys + 2 * goal, a.to(keys.dtype.element_ty), mask=inside)
         tl.store(keys + 2 * goal + 1, b.to(keys.dtype.element_ty), mask=inside)
@@ -121,7 +112,7 @@ def attention_keys_kernel(
         c = tl.load(cos + n * HALF + j, mask=real & here, other=0.0)
         s = tl.load(sin + n * HALF + j, mask=real & here, other=0.0)
         if WORDS:
-            tl.store(turns + n * HALF + j, _half_word(c, s, NATIVE), mask=real & here & (batch == 0))
+            tl.store(turns + n * HALF + j, _word(c, s, tl.float16, NATIVE), mask=real & here & (batch == 0))
         c, s = c * inverse, s * inverse
         gain_a, gain_b = _pairs(weight, gain_words, p, real_p, WORDS)
         a, b = tl.maximum(a * gain_a, 0.0), tl.maximum(b * gain_b, 0.0)
