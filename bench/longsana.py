@@ -1,7 +1,7 @@
 """A minute of LongSANA at 832x480 with random weights: the network alone (``dit``), and from noise to a playable mp4 (``file``).
 
-``run.py bench longsana [--tiny] [--part dit|file] [--blocks N]``. On an H200 about 60 s for ``dit`` (24 blocks of 4 steps and a
-commit take 13) and 75 s for ``file``. Checked first: the block-causal network in bf16 against float32, the last block against
+``run.py bench longsana [--tiny] [--part dit|file] [--blocks N]``. On an H200 about 35 s for ``dit`` (24 blocks of 4 steps and a
+commit take 12) and 60 s for ``file``. Checked first: the block-causal network in bf16 against float32, the last block against
 one whose state was made anew from all blocks before, and for the file its frames and the streamed decode against one decode.
 
 Peers: no public pipeline runs LongSANA with a released diffusers, so the same network runs without a carried state (each block

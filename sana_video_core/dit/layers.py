@@ -78,10 +78,11 @@ def takes_rows(linear: nn.Module, x: Tensor) -> bool:
 
 def takes_pairs(linear: nn.Module, u: Tensor, frames: int, tail: Tensor | None) -> bool:
     """Whether ``linear``, a temporal convolution, is multiplied for two frames at a time (``ops/pairs.py``): on a card, with a
-    plain weight in the dtype of ``u``, in a layer whose own forward runs (others put something before or after it)."""
+    second frame and a plain weight in the dtype of ``u``, in a layer whose own forward runs (others put something around it)."""
     weight = linear.weight
     return (
-        type(weight) in (Tensor, nn.Parameter) and weight.dtype == u.dtype and not torch.compiler.is_compiling()
+        frames > 1 and not torch.compiler.is_compiling()
+        and type(weight) in (Tensor, nn.Parameter) and weight.dtype == u.dtype
         and "forward" not in vars(linear) and not linear._forward_hooks and not linear._forward_pre_hooks
         and not (torch.is_grad_enabled() and weight.requires_grad) and ops.time_pairs.choose(u, frames, tail)[0] != "reference")
 

@@ -1,9 +1,10 @@
 """Making a film: sample what is not finished, store each block at once, decode it while the film goes on.
 
-A block is on disk before the next one is begun. Where a card decodes, the CPU's work runs beside it (``FilmVideo.overlap``): a
-block is written while it is decoded (and on, if the card is faster than the disk), and its frames are encoded while the next one
-is sampled. The last frames that the decoder has queued are not waited for before the next block is queued behind them. Knows
-neither the model nor the VAE: it is handed a function that samples blocks and a decoder. Resuming is the normal case.
+On a CPU a block is on disk before the next one is begun. Where a card decodes, the CPU's work runs beside it
+(``FilmVideo.overlap``): a block is written while it is decoded (and on, if the card is faster than the disk), and its frames are
+encoded while the next one is sampled. The last frames that the decoder has queued are not waited for before the next block is
+queued behind them. Knows neither the model nor the VAE: it is handed a function that samples blocks and a decoder. Resuming is
+the normal case.
 """
 
 from __future__ import annotations

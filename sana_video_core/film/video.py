@@ -221,7 +221,7 @@ class FilmVideo:
         """Decode a block; its frames are encoded and appended to the file at the latest when :meth:`finish` returns.
 
         ``latent``: the block's, where it is not on disk yet; what ``store()`` returns ends when it is, and before that nothing is
-        appended. Threads begin when a card has work: starting two while it waits cost 2 ms a block and more.
+        appended. Threads begin when a card has work, because it waits while they start.
         """
         self.finish()
         if block != self.blocks:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pairs import narrow
+from .pairs import frame_sums, narrow, tap_sums
 
 PAST = 2  # frames before its own that a causal convolution sees
 
@@ -47,19 +47,18 @@ def open_pairs(
     window = open_window(total, gamma)
     window[:, :PAST] = 0 if history is None else history
     wide = window.float() if x.dtype == torch.bfloat16 else window
-    d0, d1, d2, d3 = (wide[:, i:i + x.shape[1]:2] for i in range(4))
-    sums = torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3), 2)
+    sums = frame_sums(wide, x.shape[1] // 2, 2)
     return total if keep else None, sums.to(narrow(x.dtype)), window[:, -PAST:].contiguous()
 
 
 def frame_weights(weight: Tensor) -> Tensor:
     """The four sums of the taps in time for :func:`pair_conv`: ``[out, 3, 3, 3, in]`` -> ``[4, out, 3, 3, in]``.
 
-    As in ``pairs.py``, but for the sign of the last one.
+    The last one changes its sign, because an accumulator adds.
     """
-    wide = weight.float() if weight.dtype == torch.bfloat16 else weight
-    g0, g1, g2 = wide.unbind(1)
-    return torch.stack((g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, -g2)).to(narrow(weight.dtype))
+    sums = tap_sums(weight)
+    sums[3].neg_()
+    return sums
 
 
 def pair_conv(sums: Tensor, weights: Tensor, bias: Tensor) -> Tensor:

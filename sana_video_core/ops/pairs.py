@@ -5,9 +5,9 @@ Out of frames ``d0 .. d3`` and taps ``g0, g1, g2`` come ``y0 = g0 d0 + g1 d1 + g
     m0 = g0 (d0 - d2)    m1 = (g0 + g1 + g2) / 2 (d1 + d2)    m2 = (g0 - g1 + g2) / 2 (d2 - d1)    m3 = g2 (d1 - d3)
     y0 = m0 + m1 + m2    y1 = m1 - m2 - m3
 
-as ``m0 + m1 + m2`` and ``m1 - m2 - m3``. A model in bfloat16 has its sums and products in float16, whose three more bits make
-up for what the additions lose (a whole convolution is as exact as bfloat16's own); frames are scaled by :data:`SCALE`, so that
-values up to half a million fit. A, S. Winograd, "Arithmetic Complexity of Computations" (1980); Lavin and Gray, arXiv 1509.09308.
+A model in bfloat16 has its sums and products in float16, whose three more bits make up for what the additions lose (a whole
+convolution is as exact as bfloat16's own); frames are scaled by :data:`SCALE`, so that values up to half a million fit.
+Source: S. Winograd, "Arithmetic Complexity of Computations" (1980); Lavin and Gray, arXiv 1509.09308.
 Layout as in ``reference.py``. :class:`AlongTime` is how a Linear layer meets it. Not covered: gradients.
 """
 
@@ -25,6 +25,18 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
+def frame_sums(x: Tensor, pairs: int, dim: int) -> Tensor:
+    """The four sums of frames ``x [B, 2 + 2 * pairs, ...]`` for each pair, stacked along ``dim``."""
+    d0, d1, d2, d3 = (x[:, i:i + 2 * pairs:2] for i in range(4))
+    return torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3), dim)
+
+
+def tap_sums(taps: Tensor) -> Tensor:
+    """The four sums of taps ``[out, 3, ...]`` -> ``[4, out, ...]``."""
+    g0, g1, g2 = (taps.float() if taps.dtype == torch.bfloat16 else taps).unbind(1)
+    return torch.stack((g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)).to(narrow(taps.dtype))
+
+
 def time_pairs(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The four sums of frames of every two outputs: ``u [B, T*S, C]`` -> ``[B, 4, ceil(T / 2) * S, C]``, and u's own tail
     ``[B, 1, S, C]``. Left of the first frame stands ``tail`` of the block before (zeros when None), right of the last zeros."""
@@ -33,16 +45,12 @@ def time_pairs(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tens
     after = nothing.expand(-1, 1 + frames % 2, -1, -1)
     wide = torch.cat((nothing if tail is None else tail.to(x), x, after), 1)
     wide = wide.float() if u.dtype == torch.bfloat16 else wide
-    d0, d1, d2, d3 = (wide[:, i:i + 2 * pairs:2] for i in range(4))
-    sums = torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3), 1) * SCALE
-    return sums.flatten(2, 3).to(narrow(u.dtype)), x[:, -1:]
+    return (frame_sums(wide, pairs, 1) * SCALE).flatten(2, 3).to(narrow(u.dtype)), x[:, -1:]
 
 
 def pair_weights(weight: Tensor) -> Tensor:
     """The four sums of taps: ``[C, 3C]`` (previous | same | next frame) -> ``[4, C, C]``."""
-    wide = weight.float() if weight.dtype == torch.bfloat16 else weight
-    g0, g1, g2 = wide.unflatten(1, (3, -1)).unbind(1)
-    return torch.stack((g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2)).to(narrow(weight.dtype))
+    return tap_sums(weight.unflatten(1, (3, -1)))
 
 
 def pair_residual(x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int) -> Tensor:

@@ -184,7 +184,7 @@ class _Finite:
 
 
 def _all_numbers(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether the largest value of all is one; a few kernels for all tensors, where four for each took 1 ms a block."""
+    """Whether the largest value of all is one; a few kernels for all tensors, not four for each."""
     largest = getattr(torch.nn.utils, "get_total_norm", None)
     if largest is None:  # before torch 2.6
         return torch.stack([torch.isfinite(t).all() for t in tensors]).all()

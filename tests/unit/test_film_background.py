@@ -14,6 +14,7 @@ from sana_video_core.errors import SanaVideoError
 from sana_video_core.film import Film, video
 from sana_video_core.film.background import BrokenOff, Feed, in_background
 from sana_video_core.film.folder import Film as Folder
+from sana_video_core.film.make import _Store
 
 
 def shoot(folder, **options):
@@ -134,3 +135,25 @@ def test_no_thread_outlives_its_film(tmp_path):
         shoot(tmp_path / "g", on_block=cancel)
     assert not [t for t in threading.enumerate() if t.name.startswith("film ")]
     assert torch.is_grad_enabled()
+
+
+def test_a_block_may_be_on_its_way_to_the_disk_while_the_next_is_sampled():
+    """Where a card is faster than the disk: heard when it is there, and what went wrong is raised before the next is begun."""
+    heard, there, stores = [], threading.Event(), _Store(lambda *event: heard.append(event))
+    stores.begin(0, lambda: there.wait(60))
+    stores.finish(wait=False)
+    assert heard == []
+    there.set()
+    stores.begin(1, lambda: None)
+    assert heard == [(0, "sampled")]
+    stores.finish()
+    assert heard == [(0, "sampled"), (1, "sampled")]
+
+    def full():
+        raise SanaVideoError("full")
+
+    stores.begin(2, full)
+    with pytest.raises(SanaVideoError, match="full"):
+        stores.begin(3, lambda: None)
+    stores.settle()
+    assert heard == [(0, "sampled"), (1, "sampled")]

@@ -110,7 +110,7 @@ def test_a_layer_multiplies_either_way_the_same(on_the_cpu):
         u, frames, tail, weight, x, y, gate = arguments(3 * seed)
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
         layer.weight.copy_(weight)
-        assert layers.takes_pairs(layer, u, frames, tail)
+        assert layers.takes_pairs(layer, u, frames, tail) == (frames > 1)
         products = layer(ops.AlongTime.of(u, frames, tail))
         assert type(products) is torch.Tensor and products.shape[1] == 4
         close(ops.pair_residual(x, y, gate, products, frames), by_taps(u, frames, tail, weight, x, y, gate).contiguous())
