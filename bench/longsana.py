@@ -215,7 +215,7 @@ def make_file(long: Long, vae, folder: Path, blocks: int) -> tuple[Path, Parts, 
         film.use_plan(plan)
         video = TimedVideo(film, KeptStream(vae, parts), long.spec.fps, overlap=long.device != "cpu")
         video.parts = parts
-        make_film(film, lambda first, state: parts.sampled(long.sample(blocks)), video)
+        make_film(film, lambda first, state: parts.sampled(long.sample(blocks, checked=False)), video)
         total = time.perf_counter() - parts.start
         return video.path, parts, total, [film.latent(i) for i in range(min(FEW, blocks))]
 

@@ -26,7 +26,7 @@ C, HEADS, HIDDEN = 2240, 20, 6720
 COPY, DEVICE, TINY, CALLS = 1 << 30, "cuda", False, 10
 # Settings to try, in the order of fused.TUNING.
 SETTINGS = {
-    "depthwise": [(64, 1, "pair"), (128, 2, "pair"), (256, 4, "pair"), (64, 2, "pair"), (128, 1, "pair"), (64, 1, "plain")],
+    "depthwise": [(64, 1, "half", 4), (64, 1, "half", 0), (64, 1, "half", 2), (128, 2, "half", 4), (64, 1, "plain", 0)],
     "norm": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2), (1, 1)],
     "residual": [(4, 4), (1, 4), (8, 4), (4, 8), (2, 2)],
     "rms": [(4, 4), (1, 4), (8, 4), (2, 2), (1, 1)],
@@ -38,7 +38,7 @@ SETTINGS = {
     "state": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (32, 4, 4), (128, 8, 3), (128, 4, 2)],
     "row_fp8": [(1, 8), (2, 8), (4, 8), (1, 4), (1, 16)],
     "fp8": [(2048, 8, 4), (1024, 8, 4), (4096, 8, 8), (2048, 32, 4), (2048, 2, 4)],
-    "apply": [(64, 8, 4, 2), (64, 4, 8, 2), (32, 8, 4, 2), (32, 16, 8, 2), (16, 16, 4, 2), (32, 16, 4, 1)],
+    "apply": [(64, 4, 3), (64, 4, 2), (64, 8, 2), (32, 4, 2), (32, 8, 2), (16, 4, 2)],
 }
 
 
@@ -156,10 +156,10 @@ def attention() -> None:
     compare("linear_attention", args, 5 * tokens * C * 2)
     for name in ("keys", "state", "apply"):
         tune(name, lambda: fused.linear_attention(*args), 5 * tokens * C * 2)
-    before = fused.SPLIT_TOKENS
-    for size in (512, 2048, before):
-        fused.SPLIT_TOKENS = size
-        show(f"sums of {size} tokens", steady(lambda: fused.linear_attention(*args)))
+    before = fused.PROGRAMS
+    for programs in (20, 26, before):
+        fused.PROGRAMS = programs
+        show(f"{programs} programs a head", steady(lambda: fused.linear_attention(*args)))
     q, k = rand(1, tokens, C), rand(1, 300, C)
     mask = torch.arange(300, device=DEVICE)[None] < 120
     for name, more in (("masked", (mask,)), ("trimmed to 120", (mask, (120,)))):

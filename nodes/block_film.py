@@ -67,7 +67,7 @@ def run_film(job: Job, name: str, vae, keep_states: bool):
                 from ..sana_video_core.sampling.plan import BlockPlan
 
                 part = BlockPlan(tuple(s.frames for s in spans[first:]), spans[first].index, spans[first].start)
-                return job.sample(network, part, state, progress)
+                return job.sample(network, part, state, progress, checked=False)
 
             def replay(first, state, latents):
                 by_index = {s.index: s for s in spans}

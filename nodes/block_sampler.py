@@ -184,7 +184,7 @@ class Job:
     def network(self, frames: int) -> Network:
         return Network(self.model, (self.rows, self.spec.channels, frames, *self.size))
 
-    def sample(self, network: Network, plan, state, progress: Progress | None = None):
+    def sample(self, network: Network, plan, state, progress: Progress | None = None, checked: bool = True):
         """The core's generator over ``plan``."""
         from ..sana_video_core.sampling.blocks import sample_blocks
 
@@ -193,7 +193,7 @@ class Job:
             network, plan, lambda index: self.texts.condition(spans[index]), spec=self.spec, size=self.size, recipe=self.recipe,
             seed=lambda index: self.seed_of(spans[index]), state=state, device=network.device, window=self.window,
             recompute=self.recompute, keep_undo=self.recompute, model_print=self.print,
-            on_step=None if progress is None else progress.step)
+            on_step=None if progress is None else progress.step, checked=checked)
 
     def seed_of(self, span) -> int:
         seed = self.texts.of(span)[3]

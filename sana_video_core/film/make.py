@@ -33,10 +33,11 @@ def make_film(
 ) -> RecurrentState | None:
     """Finish ``film`` and return the state after its last block.
 
-    ``sample(first, state)`` yields the film's blocks from number ``first`` on, given the state before it. ``keep_states=False``
-    keeps on disk only the states of the last two blocks (a 480p state has 153 MiB); then ``replay(first, state, latents)``
-    commits latents again after an edit further back. ``on_block(block, what)`` hears "sampled" (it is on disk), "decoded" (the
-    decoder has done its part) and "shown" (the file has it); what it raises ends the run, with everything finished on disk.
+    ``sample(first, state)`` yields the film's blocks from number ``first`` on, given the state before it; they may come
+    unchecked (``sample_blocks``). ``keep_states=False`` keeps on disk only the states of the last two blocks (a 480p state has
+    153 MiB); then ``replay(first, state, latents)`` commits latents again after an edit further back. ``on_block(block, what)``
+    hears "sampled" (it is on disk), "decoded" (the decoder has done its part) and "shown" (the file has it); what it raises ends
+    the run, with everything finished on disk.
     """
     total, done, hear = len(film.plan.blocks), film.finished(), on_block or (lambda block, what: None)
     show, stores = None if video is None else _Show(video, hear), _Store(hear)
@@ -48,9 +49,9 @@ def make_film(
         state = state_before(film, done, replay)
         if done < total:
             for number, block in enumerate(sample(done, state), done):
-                latent, state = block.latent.detach().float(), block.state
+                latent, state, check = block.latent.detach().float(), block.state, block.check
                 del block
-                _keep(film, number, latent, state, show, stores, hear)
+                _keep(film, number, latent, state, check, show, stores, hear)
                 if not keep_states:
                     film.drop_state(number - 2)
         stores.finish()
@@ -64,10 +65,11 @@ def make_film(
     return state
 
 
-def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None, show: _Show | None, stores: _Store,
-          hear) -> None:
-    """Store a block, and decode it."""
+def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None, check: Callable[[], None], show: _Show | None,
+          stores: _Store, hear) -> None:
+    """Store a block once ``check()`` has passed, and decode it; a card begins to decode before that, so that it does not wait."""
     if show is None or not show.video.overlap:
+        check()
         film.write_block(number, latent.cpu(), state)
         hear(number, "sampled")
         if show is not None:
@@ -80,7 +82,11 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
     def store() -> None:
         film.write_block(number, latent_there(), state_there())
 
-    begin = functools.cache(lambda: stores.begin(number, store))
+    @functools.cache
+    def begin() -> Future:
+        check()
+        return stores.begin(number, store)
+
     try:
         show.begin(number, latent, begin)
     finally:  # also after a failure or Cancel in the decoder: the block is finished

@@ -115,7 +115,7 @@ def boxes(data: bytes) -> list[tuple[str, int, int]]:
 def x264_options(height: int, width: int, crf: int) -> dict[str, str]:
     """No B-frames, and threads by the picture's size alone: fragments stand alone, and their bytes do not depend on the
     machine's cores."""
-    threads = 4 if height * width >= THREADED else 1
+    threads = 8 if height * width >= THREADED else 1
     return {"crf": str(crf), "preset": PRESET, "threads": str(threads),
             "x264-params": f"bframes=0:threads={threads}:keyint=250:scenecut=0"}
 

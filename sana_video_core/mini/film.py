@@ -128,7 +128,7 @@ def _sampler(model: LongModel, film: Film, recipe: Recipe, on_step: StepHook | N
         return sample_blocks(model.network, part, condition, spec=model.spec, size=model.size, recipe=recipe,
                              seed=lambda index: plan.blocks[index].seed, state=state, device=model.device,
                              window=plan.settings.window, recompute=plan.settings.recompute,
-                             model_print=plan.settings.model, on_step=on_step)
+                             model_print=plan.settings.model, on_step=on_step, checked=False)
 
     return sample
 

@@ -15,21 +15,24 @@ from .fused_torch import has_weight, one_dtype
 from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, Rows, e4m3_scale
 from .registry import Constraint
 
-SPLIT_TOKENS, KEY_TOKENS = 1024, 16  # tokens a program sums; by shape alone, so that a sum does not depend on the card
+KEY_TOKENS = 16  # tokens a program sums keys of
+# Programs a head, for the sums and the application of the linear attention: with 20 heads two for each of an H200's 132
+# processors. The same everywhere, so that a sum does not depend on the card; a program of sums takes a multiple of SPLIT tokens.
+PROGRAMS, SPLIT = 13, 64
 WORDS_HELD, WORDS_A_STEP = 128, 64  # text tokens that a program holds for all its tiles; that it reads at one time otherwise
 # Launch settings, chosen with bench/probe.py on an H200. norm, residual, rms, row_fp8: tokens a program,
 # warps (row_fp8: at most); norm_fp8, taps_fp8: warps; taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages;
-# totals: splits, values, parts, columns, warps; apply: tokens, tiles, warps, stages; text: tokens, tiles, warps, stages;
-# depthwise: channels, warps, form of the SiLU; fp8: values, tiles, warps.
+# totals: splits, values, parts, columns, warps; apply: tokens, warps, stages; text: tokens, tiles, warps, stages;
+# depthwise: channels, warps, form of the SiLU, rows ahead; fp8: values, tiles, warps.
 TUNING = {
-    "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (1,), "state": (64, 4, 2),
-    "totals": (16, 256, 256, 32, 4), "apply": (64, 8, 4, 3), "depthwise": (64, 1, "pair"), "fp8": (2048, 8, 4), "row_fp8": (1, 8),
-    "norm_fp8": (2,), "taps_fp8": (2,), "text": (64, 8, 4, 3),
+    "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (1,), "state": (64, 4, 3),
+    "totals": (16, 1024, 256, 16, 8), "apply": (64, 4, 3), "depthwise": (64, 1, "half", 4), "fp8": (2048, 8, 4),
+    "row_fp8": (1, 8), "norm_fp8": (2,), "taps_fp8": (2,), "text": (64, 8, 4, 3),
 }
-# A thread of the depthwise convolution wants 165 registers; with 128 it spills none, and a third more of them run at one time.
+# A thread of the depthwise convolution takes more registers if it may; with 128 it spills none, and more of them run at one time.
 DEPTHWISE_REGISTERS = 128
 # Elsewhere than on Hopper a product's operands and sums share the registers: smaller tiles over more warps.
-SMALLER = {"state": (32, 8, 2), "apply": (32, 16, 8, 2), "text": (32, 16, 8, 2)}
+SMALLER = {"state": (32, 8, 2), "apply": (32, 8, 2), "text": (32, 16, 8, 2)}
 
 
 def _setting(name: str, x: Tensor) -> tuple:
@@ -145,7 +148,8 @@ def linear_attention(
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim = width // heads
-    splits, parts = -(-tokens // SPLIT_TOKENS), -(-tokens // KEY_TOKENS)
+    split = -(-tokens // (PROGRAMS * SPLIT)) * SPLIT
+    splits, parts = -(-tokens // split), -(-tokens // KEY_TOKENS)
     new = {"device": qkv.device, "dtype": torch.float32}
     keys = torch.empty(batch, tokens, width, device=qkv.device, dtype=qkv.dtype)
     vk = torch.empty(batch, heads, splits, dim, dim, **new)
@@ -163,14 +167,15 @@ def linear_attention(
             TOKENS=KEY_TOKENS, num_warps=TUNING["keys"][0])
         rows, warps, stages = _setting("state", qkv)
         kernels.attention_state_kernel[(batch * heads, splits)](
-            qkv, keys, vk, tokens, heads, OPERAND=operand(qkv.dtype), D=dim, BLOCK_D=block, ROWS=rows,
-            STEPS=SPLIT_TOKENS // rows, num_warps=warps, num_stages=stages)
+            qkv, keys, vk, tokens, heads, split // rows, OPERAND=operand(qkv.dtype), D=dim, BLOCK_D=block, ROWS=rows,
+            num_warps=warps, num_stages=stages)
         own, total = _totals(vk, ksum, history)
-        rows, tiles, warps, stages = _setting("apply", qkv)
+        rows, warps, stages = _setting("apply", qkv)
+        tiles = -(-tokens // (PROGRAMS * rows))
         kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
             qkv, words, q_weight, cos, sin, turns, total.vk.view(torch.int64), total.ksum, out, tokens,
-            heads, eps, OPERAND=operand(torch.float16), WORDS=half, D=dim, BLOCK_D=block, ROWS=rows, TILES=tiles,
-            num_warps=warps, num_stages=stages)
+            heads, tiles, eps, OPERAND=operand(torch.float16), WORDS=half, NATIVE=kernels.native(), D=dim, BLOCK_D=block,
+            ROWS=rows, num_warps=warps, num_stages=stages)
     return out, own
 
 
@@ -221,9 +226,9 @@ def gated_depthwise(
     batch, tokens, channels = x.shape
     height, width = grid
     hidden, frames = channels // 2, batch * tokens // (height * width)
-    block, warps, form = TUNING["depthwise"]
+    block, warps, form, ahead = TUNING["depthwise"]
     most = {"maxnreg": DEPTHWISE_REGISTERS} if x.is_cuda and torch.version.cuda is not None else {}
-    kernels = _kernels("kernels_depthwise")
+    kernels, form = _kernels("kernels_depthwise"), _kernels("kernels_silu").silu_form(form)
     strips = -(-width // kernels.COLUMNS)
     taps = weight.contiguous()
     out = torch.empty(batch, tokens, hidden, device=x.device, dtype=x.dtype) if out is None else out
@@ -231,8 +236,8 @@ def gated_depthwise(
     with torch.cuda.device_of(x):
         kernels.gated_depthwise_kernel[(-(-hidden // block) * strips * frames,)](
             x, x.view(torch.int32) if half else x, taps, taps if bias is None else bias.contiguous(), out, height, width, strips,
-            HIDDEN=hidden, HAS_BIAS=bias is not None, WORDS=half, BLOCK_C=block, FORM=_kernels("kernels_silu").silu_form(form),
-            num_warps=warps, **most)
+            HIDDEN=hidden, HAS_BIAS=bias is not None, WORDS=half, BLOCK_C=block, FORM=form,
+            AHEAD=ahead if half and form == "half" else 0, num_warps=warps, **most)
     return out
 
 

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernels_silu import reciprocal
+
 
 def native() -> bool:
     """Whether the kernels may use NVIDIA's own instructions: not in Triton's interpreter, not on other cards."""
@@ -131,12 +133,12 @@ def attention_keys_kernel(
         _put_sums(total, r, more_a, more_b, real_r)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "steps"])
 def attention_state_kernel(
-    qkv, keys, vk, tokens, heads, OPERAND: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+    qkv, keys, vk, tokens, heads, steps, OPERAND: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """Partial sum v k'^T ``[D, D]`` over one split (ROWS * STEPS tokens) of one head; k' are rotated keys.
+    """Partial sum v k'^T ``[D, D]`` over one split (ROWS * steps tokens) of one head; k' are rotated keys.
 
     Heads come first in the grid, so that what runs at one time reads whole tokens.
     """
@@ -146,8 +148,8 @@ def attention_state_kernel(
     d = tl.arange(0, BLOCK_D)
     real = d < D
     state = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    for step in range(STEPS):
-        n = (split * STEPS + step) * ROWS + tl.arange(0, ROWS)
+    for step in range(steps):
+        n = (split * steps + step) * ROWS + tl.arange(0, ROWS)
         token = (batch * tokens + n)[:, None]
         inside = (n < tokens)[:, None] & real[None, :]
         k = tl.load(keys + token * width + head * D + d[None, :], mask=inside, other=0.0)
@@ -190,12 +192,12 @@ def attention_totals_kernel(
                HAS_PAST)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@triton.jit(do_not_specialize=["tokens", "heads", "tiles"])
 def attention_apply_kernel(
-    qkv, words, weight, cos, sin, turns, vk, ksum, out, tokens, heads, eps, OPERAND: tl.constexpr, WORDS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    qkv, words, weight, cos, sin, turns, vk, ksum, out, tokens, heads, tiles, eps, OPERAND: tl.constexpr, WORDS: tl.constexpr,
+    NATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """``(state q') / (ksum . q + eps)`` for TILES tiles of ROWS tokens of one head; q' is q rotated. ``vk`` comes as int64.
+    """``(state q') / (ksum . q + eps)`` for ``tiles`` tiles of ROWS tokens of one head; q' is q rotated. ``vk`` comes as int64.
 
     A positive factor of a token is one of both parts: the q norm's 1 / rms is left out (performance spec 4, identity a), and
     every token and the state are brought to a largest value of 1, so that float16 can hold them. As bfloat16, which has three
@@ -208,6 +210,11 @@ def attention_apply_kernel(
     width = heads * D
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, HALF_BLOCK)
     real, whole = d < D, j < HALF
+    out += batch * tokens * width + head * D  # from the row's first token on 32 bits are enough
+    if WORDS:
+        words += (batch * tokens * 3 * width + head * D) // 2
+    else:
+        qkv += batch * tokens * 3 * width + head * D
     gain_a, gain_b = _both(weight + head * D, j, whole)
     total_a, total_b = _both(ksum + row * D, j, whole)
     # Transposed: pairs of the keys down, values across; a pair of float32 is one word.
@@ -216,18 +223,17 @@ def attention_apply_kernel(
     state_a, state_b = pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     largest = tl.maximum(tl.max(tl.maximum(tl.abs(state_a), tl.abs(state_b))), 1e-30)
     state_a, state_b = (state_a / largest).to(OPERAND), (state_b / largest).to(OPERAND)
-    for tile in range(TILES):
-        n = (tl.program_id(1) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+    for tile in range(tiles):
+        n = (tl.program_id(1) * tiles + tile) * ROWS + tl.arange(0, ROWS)
         valid = n < tokens
-        token = (batch * tokens + n)[:, None]
         inside = valid[:, None] & whole[None, :]
-        a, b = _pairs(qkv, words, (token * 3 * width + head * D) // 2 + j[None, :], inside, WORDS)
+        a, b = _pairs(qkv, words, n[:, None] * (3 * heads * HALF) + j[None, :], inside, WORDS)
         a, b = tl.maximum(a * gain_a[None, :], 0.0), tl.maximum(b * gain_b[None, :], 0.0)
-        factor = 1.0 / tl.maximum(tl.max(tl.maximum(a, b), 1), 1e-30)
+        factor = reciprocal(tl.maximum(tl.max(tl.maximum(a, b), 1), 1e-30), NATIVE)
         below = (tl.sum(a * total_a[None, :] + b * total_b[None, :], 1) + eps) * factor
         a, b = a * factor[:, None], b * factor[:, None]
         a, b = _rotated(a, b, cos, sin, turns, n, j, inside, HALF, WORDS)
         above = tl.dot(a.to(OPERAND), state_a, input_precision="ieee")
         above = tl.dot(b.to(OPERAND), state_b, above, input_precision="ieee")
-        result = (above * (largest / below)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + token * width + head * D + d[None, :], result, mask=valid[:, None] & real[None, :])
+        result = (above * (largest * reciprocal(below, NATIVE))[:, None]).to(out.dtype.element_ty)
+        tl.store(out + n[:, None] * width + d[None, :], result, mask=valid[:, None] & real[None, :])

@@ -2,8 +2,8 @@
 
 Import only where Triton is there; called by ``fused.py``. A tensor here is a row of channels of one pixel, and the pixels
 are named one by one: a thread then holds all neighbours of its channels in registers, and a shift costs nothing. Channels come
-in pairs ``[BLOCK_C / 2, 2]``: two of bfloat16 are one 32-bit word (``WORDS``), which is read, kept and cut whole. The kernel is
-bound by the number of its instructions, not by memory.
+in pairs ``[BLOCK_C / 2, 2]``: two of bfloat16 are one 32-bit word (``WORDS``), which is read, kept and halved whole. On an H200
+the second-level cache is its narrow place (81 %), then the instructions (70 %); memory would allow a quarter more.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels_silu import silu_pair
+from .kernels_silu import fetch, silu_of_half
 
-LEAST_WORD = tl.constexpr(0xC230C230 - (1 << 32))  # -44 twice, in bfloat16
+HALVES, MINUS_ZEROS = tl.constexpr(0x3F003F00), tl.constexpr(0x80008000 - (1 << 32))  # 0.5 and -0.0 twice, in bfloat16
 COLUMNS = 4  # output columns a program makes; the functions below name as many, and two more for what is read
 
 
@@ -26,36 +26,34 @@ def _six(at, m0, m1, m2, m3, m4, m5, STEP: tl.constexpr):
 
 
 @triton.jit
-def _pair(stored, WORDS: tl.constexpr, CUT: tl.constexpr):
-    """Float32 pairs of channels. CUT: bfloat16 below -44 become -44, and NaN stays."""
-    if not WORDS:
-        return stored.to(tl.float32)
-    if CUT:
-        stored = tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [stored, LEAST_WORD], dtype=tl.int32,
-                                           is_pure=True, pack=1)
-    return tl.join((stored << 16).to(tl.float32, bitcast=True), (stored & -65536).to(tl.float32, bitcast=True))
+def _activated(stored, WORDS: tl.constexpr, FORM: tl.constexpr):
+    """SiLU of stored values; float32 pairs of channels."""
+    if WORDS:
+        if FORM == "half":  # both halves of a word at once
+            stored = tl.inline_asm_elementwise("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [stored, HALVES, MINUS_ZEROS],
+                                               dtype=tl.int32, is_pure=True, pack=1)
+        h = tl.join((stored << 16).to(tl.float32, bitcast=True), (stored & -65536).to(tl.float32, bitcast=True))
+        if FORM != "half":
+            h *= 0.5
+    else:
+        h = stored.to(tl.float32) * 0.5
+    return silu_of_half(h, FORM)
 
 
 @triton.jit
-def _activated(x, y, WORDS: tl.constexpr, FORM: tl.constexpr):
-    """SiLU of stored values of two tensors."""
-    CUT: tl.constexpr = WORDS and FORM == "pair"
-    return silu_pair(_pair(x, WORDS, CUT), _pair(y, WORDS, CUT), FORM, CUT)
+def _three(at, real, SCALE: tl.constexpr):
+    """One row of the 3x3 weights times SCALE; float32."""
+    a = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(at + 1, mask=real, other=0.0).to(tl.float32)
+    return a * SCALE, b * SCALE, tl.load(at + 2, mask=real, other=0.0).to(tl.float32) * SCALE
 
 
 @triton.jit
-def _three(at, real):
-    """One row of the 3x3 weights; float32."""
-    return (tl.load(at, mask=real, other=0.0).to(tl.float32), tl.load(at + 1, mask=real, other=0.0).to(tl.float32),
-            tl.load(at + 2, mask=real, other=0.0).to(tl.float32))
-
-
-@triton.jit
-def _nine(at, real):
-    """The 3x3 weights; float32."""
-    w0, w1, w2 = _three(at, real)
-    w3, w4, w5 = _three(at + 3, real)
-    w6, w7, w8 = _three(at + 6, real)
+def _nine(at, real, SCALE: tl.constexpr):
+    """The 3x3 weights times SCALE; float32."""
+    w0, w1, w2 = _three(at, real, SCALE)
+    w3, w4, w5 = _three(at + 3, real, SCALE)
+    w6, w7, w8 = _three(at + 6, real, SCALE)
     return w0, w1, w2, w3, w4, w5, w6, w7, w8
 
 
@@ -68,26 +66,26 @@ def _add(s0, s1, s2, s3, i0, i1, i2, i3, i4, i5, w0, w1, w2):
 
 @triton.jit
 def _store(goal, a0, a1, a2, a3, g0, g1, g2, g3, m0, m1, m2, m3, STEP: tl.constexpr, FORM: tl.constexpr):
-    """Four pixels of value * SiLU(gate)."""
-    g0, g1 = silu_pair(g0, g1, FORM, False)
-    g2, g3 = silu_pair(g2, g3, FORM, False)
+    """Four pixels of value * SiLU(twice the sum ``g``)."""
     kind = goal.dtype.element_ty
-    tl.store(goal, (a0 * g0).to(kind), mask=m0)
-    tl.store(goal + STEP, (a1 * g1).to(kind), mask=m1)
-    tl.store(goal + 2 * STEP, (a2 * g2).to(kind), mask=m2)
-    tl.store(goal + 3 * STEP, (a3 * g3).to(kind), mask=m3)
+    tl.store(goal, (a0 * silu_of_half(g0, FORM)).to(kind), mask=m0)
+    tl.store(goal + STEP, (a1 * silu_of_half(g1, FORM)).to(kind), mask=m1)
+    tl.store(goal + 2 * STEP, (a2 * silu_of_half(g2, FORM)).to(kind), mask=m2)
+    tl.store(goal + 3 * STEP, (a3 * silu_of_half(g3, FORM)).to(kind), mask=m3)
 
 
 @triton.jit(do_not_specialize=["height", "width", "strips"])
 def gated_depthwise_kernel(
     x, words, taps, bias, out, height, width, strips,
     HIDDEN: tl.constexpr, HAS_BIAS: tl.constexpr, WORDS: tl.constexpr, BLOCK_C: tl.constexpr, FORM: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """x ``[frames, height, width, 2 * HIDDEN]`` before its SiLU, taps ``[2 * HIDDEN, 9]`` -> ``[frames, height, width, HIDDEN]``.
 
     A program walks down a strip of four columns for BLOCK_C value channels and their gate channels. Every row read is
     activated once and added to the sums of three output rows: the one above is then complete, the other two go on (sums
-    ``v`` of values, ``g`` of gates; of the ``last`` row, complete, and the ``same``). The row below is on its way meanwhile.
+    ``v`` of values, ``g`` of gates; of the ``last`` row, complete, and the ``same``). The row below is on its way meanwhile, and
+    with AHEAD the one so many below is fetched into the cache: without that the memory's answers come too late.
     """
     blocks: tl.constexpr = (HIDDEN + BLOCK_C - 1) // BLOCK_C
     WIDE: tl.constexpr = 2 * HIDDEN
@@ -104,29 +102,34 @@ def gated_depthwise_kernel(
         at, m1, STEP, GATE = x + (corner - 1) * WIDE + c, real, WIDE, HIDDEN
     m0, m2, m3 = m1 & (column > 0), m1 & (column + 1 < width), m1 & (column + 2 < width)
     m4, m5 = m1 & (column + 3 < width), m1 & (column + 4 < width)
-    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _nine(taps + 9 * c, real)
-    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _nine(taps + 9 * (c + HIDDEN), real)
+    v0, v1, v2, v3, v4, v5, v6, v7, v8 = _nine(taps + 9 * c, real, 1.0)
+    g0, g1, g2, g3, g4, g5, g6, g7, g8 = _nine(taps + 9 * (c + HIDDEN), real, 0.5)
     v_bias, g_bias = tl.zeros((BLOCK_C // 2, 2), tl.float32), tl.zeros((BLOCK_C // 2, 2), tl.float32)
     if HAS_BIAS:
         v_bias = tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
-        g_bias = tl.load(bias + c + HIDDEN, mask=real, other=0.0).to(tl.float32)
+        g_bias = tl.load(bias + c + HIDDEN, mask=real, other=0.0).to(tl.float32) * 0.5
     x0, x1, x2, x3, x4, x5 = _six(at, m0, m1, m2, m3, m4, m5, STEP)
     y0, y1, y2, y3, y4, y5 = _six(at + GATE, m0, m1, m2, m3, m4, m5, STEP)
+    if AHEAD:  # the strip's own pixels; those beside it are its neighbours'
+        line = tl.arange(0, 8)
+        pixel = tl.minimum(line % 4, width - 1 - column)
+        soon = words + (corner + pixel) * HIDDEN + (line // 4) * GATE + (tl.program_id(0) % blocks) * (BLOCK_C // 2)
     last_v0, last_v1, last_v2, last_v3 = v_bias, v_bias, v_bias, v_bias
     last_g0, last_g1, last_g2, last_g3 = g_bias, g_bias, g_bias, g_bias
     same_v0, same_v1, same_v2, same_v3 = v_bias, v_bias, v_bias, v_bias
     same_g0, same_g1, same_g2, same_g3 = g_bias, g_bias, g_bias, g_bias
     for row in range(height):
-        a0, b0 = _activated(x0, y0, WORDS, FORM)
-        a1, b1 = _activated(x1, y1, WORDS, FORM)
-        a2, b2 = _activated(x2, y2, WORDS, FORM)
-        a3, b3 = _activated(x3, y3, WORDS, FORM)
-        a4, b4 = _activated(x4, y4, WORDS, FORM)
-        a5, b5 = _activated(x5, y5, WORDS, FORM)
-        at += width * STEP
-        more = row + 1 < height
-        x0, x1, x2, x3, x4, x5 = _six(at, m0 & more, m1 & more, m2 & more, m3 & more, m4 & more, m5 & more, STEP)
-        y0, y1, y2, y3, y4, y5 = _six(at + GATE, m0 & more, m1 & more, m2 & more, m3 & more, m4 & more, m5 & more, STEP)
+        a0, b0 = _activated(x0, WORDS, FORM), _activated(y0, WORDS, FORM)
+        a1, b1 = _activated(x1, WORDS, FORM), _activated(y1, WORDS, FORM)
+        a2, b2 = _activated(x2, WORDS, FORM), _activated(y2, WORDS, FORM)
+        a3, b3 = _activated(x3, WORDS, FORM), _activated(y3, WORDS, FORM)
+        a4, b4 = _activated(x4, WORDS, FORM), _activated(y4, WORDS, FORM)
+        a5, b5 = _activated(x5, WORDS, FORM), _activated(y5, WORDS, FORM)
+        at += tl.where(row + 1 < height, width * STEP, 0)  # the last row is read again, in vain
+        if AHEAD:
+            fetch(soon + tl.minimum(row + AHEAD, height - 1) * (width * STEP))
+        x0, x1, x2, x3, x4, x5 = _six(at, m0, m1, m2, m3, m4, m5, STEP)
+        y0, y1, y2, y3, y4, y5 = _six(at + GATE, m0, m1, m2, m3, m4, m5, STEP)
         if row > 0:
             last_v0, last_v1, last_v2, last_v3 = _add(
                 last_v0, last_v1, last_v2, last_v3, a0, a1, a2, a3, a4, a5, v6, v7, v8)

@@ -10,6 +10,7 @@ Not covered: decoding, files (``film``), which levels a model wants (``schedules
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -82,12 +83,14 @@ def recipe_of(spec: ModelSpec, steps: int | None = None, cfg: float | None = Non
 
 class Block(NamedTuple):
     """A finished block: absolute ``index`` and first latent frame ``start``, clean ``latent [B, C, T, H, W]`` in the model's
-    space (float32), and the ``state`` after it (None when it was not asked for)."""
+    space (float32), and the ``state`` after it (None when it was not asked for). ``check()`` waits for the device and raises
+    unless the state holds numbers; a block that came ``checked`` has passed it."""
 
     index: int
     start: int
     latent: Tensor
     state: RecurrentState | None
+    check: Callable[[], None] = lambda: None
 
 
 def seeded_noise(seed: int | Callable[[int], int]) -> Noise:
@@ -191,6 +194,11 @@ def _all_numbers(tensors: Sequence[Tensor]) -> Tensor:
     return torch.isfinite(largest(tensors, math.inf))
 
 
+def _insist(finite: _Finite, error: SanaVideoError) -> None:
+    if not finite:
+        raise error
+
+
 class _ReadOnce:
     """A network with the keys and values of one text kept from pass to pass. For one run: its weights must not change."""
 
@@ -269,8 +277,12 @@ class _Run:
 
     def settle(self) -> None:
         doubt, self._doubt = self._doubt, None
-        if doubt is not None and not doubt[0]:
-            raise doubt[1]
+        if doubt is not None:
+            _insist(*doubt)
+
+    def check(self) -> Callable[[], None]:
+        """What is in doubt now, to be settled by someone else too."""
+        return functools.partial(_insist, *self._doubt) if self._doubt is not None else lambda: None
 
     def noise(self, index: int, step: int, shape: tuple[int, ...]) -> Tensor:
         ready = self._ready.pop((index, step), None)
@@ -316,15 +328,17 @@ def sample_blocks(
     recipe: Recipe, seed: int | Callable[[int], int] = 0, state: RecurrentState | None = None, batch: int = 1,
     device: torch.device | str = "cpu", window: int = 0, recompute: bool = True, keep_undo: bool = True,
     commit_last: bool = True, parity: bool = False, model_print: str = "", noise: Noise | None = None,
-    on_step: StepHook | None = None, grad: bool = False,
+    on_step: StepHook | None = None, grad: bool = False, checked: bool = True,
 ) -> Iterator[Block]:
-    """Yield the blocks of ``plan`` one by one; each is finished when it is yielded.
+    """Yield the blocks of ``plan`` one by one; each is finished when it is yielded, unless ``checked`` is off.
 
     ``condition`` is one for all, or a function of the absolute block. ``size`` is the latent height and width. ``state``
     continues a film: the plan must begin where it ends. ``recompute`` repeats the commit of the block before at a change of
     text; it needs ``keep_undo`` (twice the state's memory). ``window`` w > 0 forgets all but the last w blocks; both are
     properties of a new state, a given one keeps its own. ``commit_last=False`` saves one pass when nobody will continue.
-    ``on_step`` may raise to cancel. ``grad`` keeps gradients of the denoising (the state never carries any).
+    ``on_step`` may raise to cancel. ``grad`` keeps gradients of the denoising (the state never carries any). With ``checked``
+    off a block comes while a card still commits it, so that its work goes on without a gap; call its ``check()`` before it
+    is kept.
     """
     plan.checked()
     rows = batch * (1 if recipe.cfg == 1 else 2)
@@ -350,11 +364,13 @@ def sample_blocks(
                 after = state = run.commit(latent.detach(), texts, state, span.index)._replace(caption=key)
         if spans:
             run.prepare(spans[0])
-        run.settle()
-        block = Block(span.index, span.start, latent, after)
+        if checked:
+            run.settle()
+        block = Block(span.index, span.start, latent, after, run.check())
         del latent, texts
         yield block
         del block, after
+        run.settle()
 
 
 def prefill(

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import films
 from films import digests, frames_of
 from films import shoot as shoot_plainly
 from sana_video_core.errors import SanaVideoError
@@ -60,6 +61,28 @@ def test_a_block_is_on_disk_before_the_next_is_begun(tmp_path, monkeypatch, whol
     monkeypatch.setattr(Folder, "write_block", slow)
     shoot(folder, on_step=step)
     assert begun == list(range(6)) and digests(folder) == whole
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_block_that_fails_its_check_is_not_kept(tmp_path, monkeypatch, whole, overlap):
+    """Its check is asked for after its decoding has begun; nothing of it reaches the folder, and the film goes on later."""
+    folder, plain = tmp_path / "f", films.sampler
+
+    def fail():
+        raise SanaVideoError("Block 3 left values in the state that are not numbers")
+
+    def doubtful(*args):
+        sample = plain(*args)
+        return lambda first, state: (b._replace(check=fail) if b.index == 2 else b for b in sample(first, state))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(films, "sampler", doubtful)
+        with pytest.raises(SanaVideoError, match="Block 3"):
+            shoot_plainly(folder, overlap=overlap)
+    with Film(folder, write=False) as film:
+        assert film.finished() == 2 and not film.segment_path(2).exists()
+    shoot(folder)
+    assert digests(folder) == whole
 
 
 def test_frames_are_encoded_while_the_next_block_is_sampled(tmp_path, monkeypatch, whole):
