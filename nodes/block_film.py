@@ -49,6 +49,7 @@ def run_film(job: Job, name: str, vae, keep_states: bool):
     import torch
 
     from ..sana_video_core.film import Film, make_film
+    from ..sana_video_core.film.transfer import later_on_cpu
     from ..sana_video_core.sampling.blocks import prefill
 
     job.check_state()
@@ -62,7 +63,12 @@ def run_film(job: Job, name: str, vae, keep_states: bool):
         log.info("Film %s: %d of %d blocks are finished", name, done, total)
         video = None if vae is None or isinstance(vae, MissingPart) else film_file(film, vae, job.fps)
         progress = Progress(job.model, max(total - done, 1), job.recipe.count, job.fps)
-        with job.network(max(b.frames for b in plan.blocks)) as network:
+        shape = 1, job.spec.channels, *job.size
+        with (job.network(max(b.frames for b in plan.blocks)) as network,
+              LatentSpool(job.model, plan.block_plan().frames, shape) as spool):
+            for block in range(done):
+                spool.add(film.latent(block))
+
             def sample(first, state):
                 from ..sana_video_core.sampling.plan import BlockPlan
 
@@ -80,10 +86,8 @@ def run_film(job: Job, name: str, vae, keep_states: bool):
                 if what == "decoded":
                     network.release()  # the VAE may have taken the network's place
 
-            state = make_film(film, sample, video, replay=replay, keep_states=keep_states, on_block=heard)
-        spool = LatentSpool(job.model, plan.block_plan().frames, (1, job.spec.channels, *job.size))
-        for block in range(total):
-            spool.add(film.latent(block))
+            state = make_film(film, sample, video, replay=replay, keep_states=keep_states, on_block=heard,
+                              on_latent=lambda block, latent: spool.add(latent))
     if state is None:
         raise SanaVideoError("The film ended without a state", found=str(folder))
-    return spool.result(), state.to("cpu", copy=True)
+    return spool.result(), later_on_cpu(state)().to("cpu", copy=True)  # see transfer.py

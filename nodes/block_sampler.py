@@ -205,9 +205,9 @@ class Job:
         plan = self.plan(self.blocks)
         for span in plan.spans():
             self.texts.of(span)  # a schedule that is too short says so before anything is sampled
-        spool = LatentSpool(self.model, plan.frames, (1, self.spec.channels, *self.size))
         progress, state = Progress(self.model, self.blocks, self.recipe.count, self.fps), None
-        with self.network(max(plan.lengths)) as network:
+        with (self.network(max(plan.lengths)) as network,
+              LatentSpool(self.model, plan.frames, (1, self.spec.channels, *self.size)) as spool):
             for block in self.sample(network, plan, self.state, progress):
                 spool.add(block.latent)
                 state = block.state

@@ -149,3 +149,26 @@ def embedded_files(model: str = EMBEDDED) -> dict[str, str]:
         raise SanaVideoError("The embedded model is not complete", found=f"missing {', '.join(Path(p).name for p in lost)}",
                              action="Install the pack again")
     return files
+
+
+def bring(patcher, memory: float) -> None:
+    """Have ComfyUI load a model with so many bytes free beside it, unless it lies where that would bring it.
+
+    Core's call copies a model's small weights anew even then, and each copy waits for the card. Before core may move weights,
+    what still reads them is waited for.
+    """
+    import comfy.model_management as management
+    import torch
+
+    device = patcher.load_device
+    mine = next((m for m in management.current_loaded_models if m.model is patcher), None)
+    # A dynamic model is never loaded as a whole: its small weights are, and the others come when they are read.
+    whole = mine is not None and patcher.model.current_weight_patches_uuid == patcher.patches_uuid and (
+        bool(patcher.backup) if patcher.is_dynamic() else mine.model_offloaded_memory() == 0)
+    free, cached = management.get_free_memory(device, torch_free_too=True)
+    room = free if device.type == "cpu" else free - cached  # core empties torch's cache where memory is short
+    if whole and room >= max(management.minimum_inference_memory(), memory + management.extra_reserved_memory()):
+        return
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    management.load_models_gpu([patcher], memory_required=memory)

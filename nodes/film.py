@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..sana_video_core.errors import SanaVideoError
-from .common import vae_geometry
+from .common import bring, vae_geometry
 from .fused_vae import fused_cache, fused_frames
 from .long import weights_print
 
@@ -101,10 +101,8 @@ class NativeStream:
 
     def decode(self, latent) -> Iterator:
         """See the protocol."""
-        from ..sana_video_core.film.transfer import to_cpu
-
         if self._fused is not None:
-            return to_cpu(self._bytes(p) for p in fused_frames(self.vae, self._raw(latent), self._fused, KEPT))
+            return (self._bytes(p) for p in fused_frames(self.vae, self._raw(latent), self._fused, KEPT))
         return self._decode_natively(latent)
 
     def _bytes(self, pixels):
@@ -139,15 +137,13 @@ class NativeStream:
             skip = 0
 
     def _raw(self, latent):
-        import comfy.latent_formats
+        from ..sana_video_core.vae.wan import denormalize
 
-        return comfy.latent_formats.Wan21().process_out(latent.float()).to(self.vae.device, self.vae.vae_dtype)
+        return denormalize(latent.float()).to(self.vae.device, self.vae.vae_dtype)  # core's would wait for the card twice
 
     def _load(self, latent) -> None:
-        import comfy.model_management as management
-
         shape = (1, latent.shape[1], min(latent.shape[2], 3), *latent.shape[3:])
-        management.load_models_gpu([self.vae.patcher], memory_required=self.vae.memory_used_decode(shape, self.vae.vae_dtype))
+        bring(self.vae.patcher, self.vae.memory_used_decode(shape, self.vae.vae_dtype))
 
     def _decode(self, z):
         import comfy.model_management as management

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 
 from ..sana_video_core.errors import SanaVideoError
+from .common import bring
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def fused_frames(vae, latent, cache, action: str) -> Iterator:
     # For two latent frames a pass: more are taken where there is room, but no model has to leave for them.
     room = memory_needed(*latent.shape[3:], 2 if latent.shape[2] > 1 else 1, width)
     weights = sum(p.numel() for p in network.decoder.parameters()) * management.dtype_size(vae.vae_dtype)
-    management.load_models_gpu([vae.patcher], memory_required=room + weights)
+    bring(vae.patcher, room + weights)
     frames = stream_latents(latent.to(vae.device, vae.vae_dtype), network, cache)
     while True:
         management.throw_exception_if_processing_interrupted()

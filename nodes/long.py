@@ -15,7 +15,7 @@ from ..sana_video_core.errors import SanaVideoError, StateError
 from ..sana_video_core.sampling.schedule_text import Part, part_of
 from ..sana_video_core.specs import ModelSpec
 from ..sana_video_core.state import RecurrentState
-from .common import spec_of
+from .common import bring, spec_of
 from .shared_state import take_in
 
 log = logging.getLogger(__name__)
@@ -161,9 +161,7 @@ class Network:
 
     def _load(self) -> None:
         if not self._loaded:
-            import comfy.model_management as management
-
-            management.load_models_gpu([self.patcher], memory_required=self.patcher.memory_required(self.shape))
+            bring(self.patcher, self.patcher.memory_required(self.shape))
             self._loaded = True
 
     def _network(self):
@@ -296,7 +294,8 @@ class Progress:
 # ----------------------------------------------------------------------------------------------------------------- others
 
 class LatentSpool:
-    """Collects the finished blocks of a run for the LATENT output. Large films go through a file, so that memory stays flat.
+    """Collects the finished blocks of a run for the LATENT output. Large films go through a file, so that memory stays flat. A
+    context manager: where the run fails, the file goes.
 
     The tensor of a spooled film is mapped from the file, privately: a node that writes to it cannot change the file.
     """
@@ -316,6 +315,14 @@ class LatentSpool:
             folder.mkdir(parents=True, exist_ok=True)
             handle, path = tempfile.mkstemp(prefix="sana_video_", suffix=".latents", dir=folder)
             self.path, self.file = Path(path), open(handle, "wb")
+
+    def __enter__(self) -> LatentSpool:
+        return self
+
+    def __exit__(self, failed, *exc) -> None:
+        if failed is not None and self.path is not None:
+            self.file.close()
+            self.path.unlink(missing_ok=True)
 
     def _frame_bytes(self) -> int:
         import math

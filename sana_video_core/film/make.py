@@ -29,18 +29,19 @@ Replay = Callable[[int, RecurrentState | None, list[Tensor]], RecurrentState]
 
 def make_film(
     film: Film, sample: Sample, video: FilmVideo | None = None, *, replay: Replay | None = None, keep_states: bool = True,
-    on_block: Callable[[int, str], object] | None = None,
+    on_block: Callable[[int, str], object] | None = None, on_latent: Callable[[int, Tensor], object] | None = None,
 ) -> RecurrentState | None:
     """Finish ``film`` and return the state after its last block.
 
     ``sample(first, state)`` yields the film's blocks from number ``first`` on, given the state before it; they may come
     unchecked (``sample_blocks``). ``keep_states=False`` keeps on disk only the states of the last two blocks (a 480p state has
     153 MiB); then ``replay(first, state, latents)`` commits latents again after an edit further back. ``on_block(block, what)``
-    hears "sampled" (it is on disk), "decoded" (the decoder has done its part) and "shown" (the file has it); what it raises ends
-    the run, with everything finished on disk.
+    hears "sampled" (it is on disk), "decoded" (the decoder has done its part) and "shown" (the file has it); ``on_latent(block,
+    latent)`` is handed every new latent on the CPU once it is on disk, in order. What they raise ends the run, with everything
+    finished on disk.
     """
     total, done, hear = len(film.plan.blocks), film.finished(), on_block or (lambda block, what: None)
-    show, stores = None if video is None else _Show(video, hear), _Store(hear)
+    show, stores = None if video is None else _Show(video, hear), _Store(hear, on_latent or (lambda block, latent: None))
     try:
         if show is not None:
             for number in range(video.open(), done):
@@ -70,8 +71,9 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
     """Store a block once ``check()`` has passed, and decode it; a card begins to decode before that, so that it does not wait."""
     if show is None or not show.video.overlap:
         check()
-        film.write_block(number, latent.cpu(), state)
-        hear(number, "sampled")
+        latent = latent.cpu()
+        film.write_block(number, latent, state)
+        stores.stored(number, latent)
         if show is not None:
             show.begin(number)
             show.decoded()
@@ -79,8 +81,9 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
     show.finish()
     latent_there, state_there = soon_on_cpu(latent), later_on_cpu(None if state is None else film.kept(number, state))
 
-    def store() -> None:
+    def store() -> Tensor:
         film.write_block(number, latent_there(), state_there())
+        return latent_there()
 
     @functools.cache
     def begin() -> Future:
@@ -98,10 +101,10 @@ def _keep(film: Film, number: int, latent: Tensor, state: RecurrentState | None,
 class _Store:
     """Blocks on their way to the disk. One may still be while the next is sampled: where a card is faster than the disk."""
 
-    def __init__(self, hear):
-        self.hear, self.pending = hear, None
+    def __init__(self, hear, take):
+        self.hear, self.take, self.pending = hear, take, None
 
-    def begin(self, block: int, write: Callable[[], None]) -> Future:
+    def begin(self, block: int, write: Callable[[], Tensor]) -> Future:
         self.finish()
         self.pending = block, in_background(write)
         return self.pending[1]
@@ -109,9 +112,12 @@ class _Store:
     def finish(self, wait: bool = True) -> None:
         """The block begun is on disk, or what went wrong is raised; without ``wait`` only if that is known already."""
         if self.pending is not None and (wait or self.pending[1].done()):
-            (block, stored), self.pending = self.pending, None
-            stored.result()
-            self.hear(block, "sampled")
+            (block, future), self.pending = self.pending, None
+            self.stored(block, future.result())
+
+    def stored(self, block: int, latent: Tensor) -> None:
+        self.take(block, latent)
+        self.hear(block, "sampled")
 
     def settle(self) -> None:
         """Wait, where something else has gone wrong already."""

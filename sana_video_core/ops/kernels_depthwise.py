@@ -41,6 +41,13 @@ def _activated(stored, WORDS: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
+def _row(x0, x1, x2, x3, x4, x5, WORDS: tl.constexpr, FORM: tl.constexpr):
+    """SiLU of six pixels."""
+    return (_activated(x0, WORDS, FORM), _activated(x1, WORDS, FORM), _activated(x2, WORDS, FORM),
+            _activated(x3, WORDS, FORM), _activated(x4, WORDS, FORM), _activated(x5, WORDS, FORM))
+
+
+@triton.jit
 def _three(at, real, SCALE: tl.constexpr):
     """One row of the 3x3 weights times SCALE; float32."""
     a = tl.load(at, mask=real, other=0.0).to(tl.float32)
@@ -55,6 +62,14 @@ def _nine(at, real, SCALE: tl.constexpr):
     w3, w4, w5 = _three(at + 3, real, SCALE)
     w6, w7, w8 = _three(at + 6, real, SCALE)
     return w0, w1, w2, w3, w4, w5, w6, w7, w8
+
+
+@triton.jit
+def _bias(at, real, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr):
+    value = tl.zeros_like(real).to(tl.float32)
+    if HAS_BIAS:
+        value = tl.load(at, mask=real, other=0.0).to(tl.float32) * SCALE
+    return value
 
 
 @triton.jit
@@ -104,10 +119,7 @@ def gated_depthwise_kernel(
     m4, m5 = m1 & (column + 3 < width), m1 & (column + 4 < width)
     v0, v1, v2, v3, v4, v5, v6, v7, v8 = _nine(taps + 9 * c, real, 1.0)
     g0, g1, g2, g3, g4, g5, g6, g7, g8 = _nine(taps + 9 * (c + HIDDEN), real, 0.5)
-    v_bias, g_bias = tl.zeros((BLOCK_C // 2, 2), tl.float32), tl.zeros((BLOCK_C // 2, 2), tl.float32)
-    if HAS_BIAS:
-        v_bias = tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
-        g_bias = tl.load(bias + c + HIDDEN, mask=real, other=0.0).to(tl.float32) * 0.5
+    v_bias, g_bias = _bias(bias + c, real, HAS_BIAS, 1.0), _bias(bias + c + HIDDEN, real, HAS_BIAS, 0.5)
     x0, x1, x2, x3, x4, x5 = _six(at, m0, m1, m2, m3, m4, m5, STEP)
     y0, y1, y2, y3, y4, y5 = _six(at + GATE, m0, m1, m2, m3, m4, m5, STEP)
     if AHEAD:  # the strip's own pixels; those beside it are its neighbours'
@@ -119,12 +131,8 @@ def gated_depthwise_kernel(
     same_v0, same_v1, same_v2, same_v3 = v_bias, v_bias, v_bias, v_bias
     same_g0, same_g1, same_g2, same_g3 = g_bias, g_bias, g_bias, g_bias
     for row in range(height):
-        a0, b0 = _activated(x0, WORDS, FORM), _activated(y0, WORDS, FORM)
-        a1, b1 = _activated(x1, WORDS, FORM), _activated(y1, WORDS, FORM)
-        a2, b2 = _activated(x2, WORDS, FORM), _activated(y2, WORDS, FORM)
-        a3, b3 = _activated(x3, WORDS, FORM), _activated(y3, WORDS, FORM)
-        a4, b4 = _activated(x4, WORDS, FORM), _activated(y4, WORDS, FORM)
-        a5, b5 = _activated(x5, WORDS, FORM), _activated(y5, WORDS, FORM)
+        a0, a1, a2, a3, a4, a5 = _row(x0, x1, x2, x3, x4, x5, WORDS, FORM)
+        b0, b1, b2, b3, b4, b5 = _row(y0, y1, y2, y3, y4, y5, WORDS, FORM)
         at += tl.where(row + 1 < height, width * STEP, 0)  # the last row is read again, in vain
         if AHEAD:
             fetch(soon + tl.minimum(row + AHEAD, height - 1) * (width * STEP))

@@ -124,3 +124,23 @@ def test_a_cpu_decodes_clips_and_films_by_onednn(vae):
         assert torch.allclose(found, decode.decode_frames(vae, latents(4)), atol=1e-5)
     assert torch.allclose(found, vae.decode(latents(4)).reshape(found.shape), atol=1e-5)
     assert ip.pack_module("nodes.film").NativeStream(vae).key.endswith(" onednn")
+
+
+@torch.inference_mode()
+def test_a_model_that_lies_where_it_should_is_not_loaded_again(vae, allowed, monkeypatch):
+    """Nor is one trusted that core has moved, patched or left without the memory it needs."""
+    import comfy.model_management as management
+
+    bring, calls, plain = ip.pack_module("nodes.common").bring, [], management.load_models_gpu
+    monkeypatch.setattr(management, "load_models_gpu", lambda models, **options: (calls.append(models), plain(models, **options)))
+    for expected in (1, 1):
+        bring(vae.patcher, 1 << 20)
+        assert len(calls) == expected
+    bring(vae.patcher, 1 << 60)
+    assert len(calls) == 2
+    management.unload_all_models()
+    bring(vae.patcher, 1 << 20)
+    assert len(calls) == 3
+    vae.patcher.patches_uuid = "other"
+    bring(vae.patcher, 1 << 20)
+    assert len(calls) == 4

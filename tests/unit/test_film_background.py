@@ -85,6 +85,23 @@ def test_a_block_that_fails_its_check_is_not_kept(tmp_path, monkeypatch, whole, 
     assert digests(folder) == whole
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_new_latents_are_handed_over_in_order(tmp_path, overlap):
+    """Those of blocks that were there before are not."""
+    taken: list = []
+
+    def stop(block, what):
+        if (block, what) == (2, "sampled"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shoot_plainly(tmp_path / "f", overlap=overlap, on_block=stop, on_latent=lambda *new: taken.append(new))
+    shoot_plainly(tmp_path / "f", overlap=overlap, on_latent=lambda *new: taken.append(new))
+    with Film(tmp_path / "f", write=False) as film:
+        assert [block for block, _ in taken] == list(range(6))
+        assert all(torch.equal(latent, film.latent(block)) for block, latent in taken)
+
+
 def test_frames_are_encoded_while_the_next_block_is_sampled(tmp_path, monkeypatch, whole):
     """The encoder waits for the sampler here, which could not end if the sampler waited for the encoder."""
     plain, stepped = video.encode_fragment, [threading.Event() for _ in range(7)]
@@ -162,8 +179,9 @@ def test_no_thread_outlives_its_film(tmp_path):
 
 def test_a_block_may_be_on_its_way_to_the_disk_while_the_next_is_sampled():
     """Where a card is faster than the disk: heard when it is there, and what went wrong is raised before the next is begun."""
-    heard, there, stores = [], threading.Event(), _Store(lambda *event: heard.append(event))
-    stores.begin(0, lambda: there.wait(60))
+    heard, taken, there = [], [], threading.Event()
+    stores = _Store(lambda *event: heard.append(event), lambda *latent: taken.append(latent))
+    stores.begin(0, lambda: there.wait(60) and "latent")
     stores.finish(wait=False)
     assert heard == []
     there.set()
@@ -179,4 +197,4 @@ def test_a_block_may_be_on_its_way_to_the_disk_while_the_next_is_sampled():
     with pytest.raises(SanaVideoError, match="full"):
         stores.begin(3, lambda: None)
     stores.settle()
-    assert heard == [(0, "sampled"), (1, "sampled")]
+    assert heard == [(0, "sampled"), (1, "sampled")] and taken == [(0, "latent"), (1, None)]
