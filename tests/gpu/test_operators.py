@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sana_video_core import SPECS, ops
-from sana_video_core.dit import SanaVideoTransformer
+from sana_video_core.dit import SanaVideoTransformer, layers
 from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.ops import fused, fused_torch, library, pairs, pairs_fused, reference
 
@@ -259,7 +259,9 @@ def test_training_uses_functions_with_a_gradient():
     assert all(p.grad is not None for name, p in model.named_parameters() if "y_embedding" not in name)
 
 
-def test_compiled_network_keeps_the_kernels_and_gives_the_same():
+def test_compiled_network_keeps_the_kernels_and_gives_the_same(monkeypatch):
+    """As the plain network with the temporal convolution's three neighbours: compiled graphs do not take pairs."""
+    monkeypatch.setattr(layers, "takes_pairs", lambda *_: False)
     spec = SPECS["sana-video-mini"]
     model = SanaVideoTransformer(spec, device="cuda", dtype=torch.bfloat16).eval().requires_grad_(False)
     for p in model.parameters():
