@@ -154,8 +154,7 @@ def embedded_files(model: str = EMBEDDED) -> dict[str, str]:
 def bring(patcher, memory: float) -> None:
     """Have ComfyUI load a model with so many bytes free beside it, unless it lies where that would bring it.
 
-    Core's call copies a model's small weights anew even then, and each copy waits for the card. Before core may move weights,
-    what still reads them is waited for.
+    Core's call copies a model's small weights anew even then. Before core may move weights, what still reads them is waited for.
     """
     import comfy.model_management as management
     import torch

@@ -139,7 +139,7 @@ class NativeStream:
     def _raw(self, latent):
         from ..sana_video_core.vae.wan import denormalize
 
-        return denormalize(latent.float()).to(self.vae.device, self.vae.vae_dtype)  # core's would wait for the card twice
+        return denormalize(latent.float()).to(self.vae.device, self.vae.vae_dtype)  # core's waits for the card
 
     def _load(self, latent) -> None:
         shape = (1, latent.shape[1], min(latent.shape[2], 3), *latent.shape[3:])

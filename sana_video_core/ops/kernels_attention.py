@@ -210,11 +210,13 @@ def attention_apply_kernel(
     width = heads * D
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, HALF_BLOCK)
     real, whole = d < D, j < HALF
-    out += batch * tokens * width + head * D  # from the row's first token on 32 bits are enough
+    first = tl.program_id(1) * tiles * ROWS
+    start = batch * tokens + first  # from the program's first token on 32 bits are enough for places
+    out += start * width + head * D
     if WORDS:
-        words += (batch * tokens * 3 * width + head * D) // 2
+        words += (start * 3 * width + head * D) // 2
     else:
-        qkv += batch * tokens * 3 * width + head * D
+        qkv += start * 3 * width + head * D
     gain_a, gain_b = _both(weight + head * D, j, whole)
     total_a, total_b = _both(ksum + row * D, j, whole)
     # Transposed: pairs of the keys down, values across; a pair of float32 is one word.
@@ -224,10 +226,11 @@ def attention_apply_kernel(
     largest = tl.maximum(tl.max(tl.maximum(tl.abs(state_a), tl.abs(state_b))), 1e-30)
     state_a, state_b = (state_a / largest).to(OPERAND), (state_b / largest).to(OPERAND)
     for tile in range(tiles):
-        n = (tl.program_id(1) * tiles + tile) * ROWS + tl.arange(0, ROWS)
+        own = tile * ROWS + tl.arange(0, ROWS)
+        n = first + own
         valid = n < tokens
         inside = valid[:, None] & whole[None, :]
-        a, b = _pairs(qkv, words, n[:, None] * (3 * heads * HALF) + j[None, :], inside, WORDS)
+        a, b = _pairs(qkv, words, own[:, None] * (3 * heads * HALF) + j[None, :], inside, WORDS)
         a, b = tl.maximum(a * gain_a[None, :], 0.0), tl.maximum(b * gain_b[None, :], 0.0)
         factor = reciprocal(tl.maximum(tl.max(tl.maximum(a, b), 1), 1e-30), NATIVE)
         below = (tl.sum(a * total_a[None, :] + b * total_b[None, :], 1) + eps) * factor
@@ -236,4 +239,4 @@ def attention_apply_kernel(
         above = tl.dot(a.to(OPERAND), state_a, input_precision="ieee")
         above = tl.dot(b.to(OPERAND), state_b, above, input_precision="ieee")
         result = (above * (largest * reciprocal(below, NATIVE))[:, None]).to(out.dtype.element_ty)
-        tl.store(out + n[:, None] * width + d[None, :], result, mask=valid[:, None] & real[None, :])
+        tl.store(out + own[:, None] * width + d[None, :], result, mask=valid[:, None] & real[None, :])

@@ -1,4 +1,4 @@
-"""SiLU for Triton kernels, in the forms that a card's instructions allow.
+"""SiLU for Triton kernels, in the forms that a card's instructions allow, and other single instructions of NVIDIA's cards.
 
 Import only where Triton is there. Triton's own division takes eight instructions, of which SiLU needs one: its denominator lies
 between 1 and infinity, whose reciprocals the special function unit knows to one unit in the last place.
@@ -22,14 +22,11 @@ def _exp2(x):
 
 
 @triton.jit
-def _reciprocal(x):
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def reciprocal(x, NATIVE: tl.constexpr):
-    """1 / x of float32, to one unit in the last place; nothing beyond 2^126."""
-    return _reciprocal(x) if NATIVE else 1.0 / x
+    """1 / x of float32; NATIVE: by one instruction, to one unit in the last place, and 0 where x is beyond 2^126."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
 
 
 @triton.jit
@@ -43,7 +40,7 @@ def silu(x, FORM: tl.constexpr):
     """SiLU of float32; 'plain': an exponential and a division, else the instructions themselves."""
     if FORM == "plain":
         return x / (1.0 + tl.exp(-x))
-    return x * _reciprocal(1.0 + _exp2(x * -1.4426950408889634))
+    return x * reciprocal(1.0 + _exp2(x * -1.4426950408889634), True)
 
 
 @triton.jit

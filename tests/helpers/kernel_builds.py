@@ -77,6 +77,7 @@ def network_calls(fused) -> None:
     fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 300), (weight, 1e-6))
     table = [new(60, 8, dtype=torch.float32)] * 2
     fused.linear_attention(new(1, 60, 3 * 48), new(48), new(48), *table, 3)  # heads of 16 channels
+    fused.gated_depthwise(new(1, 64, 2 * 65), new(2 * 65, 1, 3, 3), None, (8, 8))  # no words of two channels
 
 
 def decoder_calls(frames_fused) -> None:
