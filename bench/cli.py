@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = {
     "dit": "the 2B network's CFG step beside diffusers (GPU): dit [--tiny] [--size 480p|720p_ltx2] [--compiled]",
+    "operators": "every operator of a block against the table of the performance spec, and plain torch (GPU): operators [--tiny]",
     "probe": "ceilings of the card, every operator with its variants, a profile (GPU)",
     "prepare": "write full-size random model files in the public layouts: prepare BASE [--tiny]",
     "comfy_step": "the three layouts bit for bit, and the step inside ComfyUI's layers: comfy_step BASE [--tiny]",

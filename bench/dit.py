@@ -23,6 +23,7 @@ from sana_video_core.specs import LTX2, SPECS, ModelSpec
 
 from . import weights
 from .harness import Report, Timing, floor_ms, measure, peak_bytes, relative_error
+from .profile import add_profile
 
 TEXT_TOKENS = (120, 40)  # valid tokens of the prompt and of the negative prompt, of 300
 # diffusers' constants (model spec 1.14): with them both networks are the same function.
@@ -191,10 +192,14 @@ def _time(report: Report, work: Workload, suffix: str, step, peers: dict[str, Ca
         report.add(f"{name}_diffusers_{how}", timing, "ms")
     report.add(f"peak_memory_{work.size}_step{suffix}", peak_bytes(lambda: step(model)) / 2**30, "GiB over weights",
                diffusers_eager=peak_bytes(peers["eager"]) / 2**30)
+    if not suffix:
+        add_profile(report, name, lambda: step(model))
     for other in others:
         timing = measure(lambda t=other.call: step(t), 2, work.repeats, device)
         report.add(f"{other.row}{suffix}", timing, "ms", **ratios(timing, theirs, floor),
                    overhead_vs_core=timing.median / mine.median - 1)
+        if not suffix:
+            add_profile(report, other.row, lambda t=other.call: step(t))
 
 
 def ratios(mine: Timing, theirs: dict[str, Timing], floor: float | None) -> dict:

@@ -36,6 +36,7 @@ from sana_video_core.vae.wan import denormalize
 from . import dit, prepare
 from .harness import BenchError, Report, floor_ms, measure, peak_bytes, relative_error
 from .long import FULL, SAME, TINY, Long, Marks, Size, synchronize, timed
+from .profile import add_profile
 
 BLOCKS = 24  # 241 latent frames, 961 pixel frames
 CHECK_FRAMES = (4, 3)  # latent frames of the two blocks that are compared with float32
@@ -131,6 +132,7 @@ def run_dit(report: Report, size: Size, device: str, blocks: int) -> None:
         report.check(f"block {n} against one from a state made anew", relative_error(latent, latents[n - 1]), SAME)
     plain = reference_seconds(long)
     add_dit_rows(report, long, marks.seconds(), total, {n: s for n, (_, s) in again.items()}, plain, peak)
+    add_profile(report, "longsana_two_blocks", lambda: [None for _ in long.sample(2)])
 
 
 def add_dit_rows(report: Report, long: Long, seconds: list[float], total: float, again: dict[int, float], plain: list[float],

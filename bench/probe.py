@@ -20,6 +20,7 @@ from sana_video_core.ops import fused, fused_torch, reference
 
 from . import dit
 from .harness import Timing, ceilings, machine, measure, relative_error, versions
+from .profile import by_kind, device_times
 
 FRAMES, HEIGHT, WIDTH = 21, 30, 52
 C, HEADS, HIDDEN = 2240, 20, 6720
@@ -252,18 +253,12 @@ def profile() -> None:
 
 def kernel_times(function) -> None:
     """Where the device's time goes during one call."""
-    activity = torch.profiler.ProfilerActivity
-    kinds = [activity.CUDA if torch.cuda.is_available() else activity.CPU]
-    with torch.profiler.profile(activities=kinds) as record:
-        function()
-    events = sorted(record.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in events)
-    products = sum(e.self_device_time_total for e in events if any(w in e.key for w in ("gemm", "cutlass", "nvjet")))
-    print(f"  on the device {total / 1e3:.1f} ms, of it matrix products {products / 1e3:.1f} ms, the rest "
-          f"{(total - products) / 1e3:.1f} ms", flush=True)
-    for event in events[:45]:
-        if event.self_device_time_total > 20:
-            print(f"    {event.self_device_time_total / 1e3:8.2f} ms {event.count:5d}x  {event.key[:110]}")
+    times = device_times(function)
+    print(f"  on the device {sum(ms for _, ms, _ in times):.1f} ms: "
+          + ", ".join(f"{kind} {ms:.1f}" for kind, ms in by_kind(times).items()), flush=True)
+    for name, ms, count in times[:45]:
+        if ms > 0.02:
+            print(f"    {ms:8.2f} ms {count:5d}x  {name[:110]}")
 
 
 def beside_diffusers() -> None:

@@ -174,7 +174,7 @@ class Network:
         import comfy.model_management
 
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return call(x)
+        return call(x, True)
 
     def _run(self, function, *args, **options):
         import comfy.model_management

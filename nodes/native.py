@@ -67,7 +67,7 @@ def _block_hook(options: dict, context, total: int):
         options["block_index"], options["total_blocks"] = index, total
         _stop_if_interrupted()
         if ("double_block", index) not in replace:
-            return call(x)
+            return call(x, not replace)  # a replacement may have kept what it was given or gave
         arguments = {"img": x, "txt": context, "transformer_options": options}
         extra = {"original_block": lambda a: {"img": call(a["img"])}}
         return replace[("double_block", index)](arguments, extra)["img"]

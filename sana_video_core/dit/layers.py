@@ -77,14 +77,27 @@ def takes_rows(linear: nn.Module, x: Tensor) -> bool:
 
 
 def takes_pairs(linear: nn.Module, u: Tensor, frames: int, tail: Tensor | None) -> bool:
-    """Whether ``linear``, a temporal convolution, is multiplied for two frames at a time (``ops/pairs.py``): on a card, with a
-    second frame and a plain weight in the dtype of ``u``, in a layer whose own forward runs (others put something around it)."""
+    """Whether ``linear``, a temporal convolution, is multiplied for two frames at a time (``ops/pairs.py``): on a card, where
+    there is a second frame."""
+    return frames > 1 and _multiplies(linear, u) and ops.time_pairs.choose(u, frames, tail)[0] != "reference"
+
+
+def _multiplies(linear: nn.Module, x: Tensor) -> bool:
+    """Whether ``linear`` is a plain product with its own weight in the dtype of x, and nothing around it, so that another product
+    can take its place (``ops/pairs.py``, ``ops/onto.py``)."""
     weight = linear.weight
     return (
-        frames > 1 and not torch.compiler.is_compiling()
-        and type(weight) in (Tensor, nn.Parameter) and weight.dtype == u.dtype
+        not torch.compiler.is_compiling()
+        and type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype
         and "forward" not in vars(linear) and not linear._forward_hooks and not linear._forward_pre_hooks
-        and not (torch.is_grad_enabled() and weight.requires_grad) and ops.time_pairs.choose(u, frames, tail)[0] != "reference")
+        and not (torch.is_grad_enabled() and weight.requires_grad))
+
+
+def add_onto(linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """``x + gate * linear(y)`` in the place of x, but for what all tokens get alike: that is returned, ``[B or 1, 1, C]``."""
+    given = ops.Onto.of(y, x, gate)
+    linear(given)
+    return x.new_zeros(1, 1, x.shape[-1], dtype=torch.float32) if given.offset is None else given.offset
 
 
 def _modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | ops.Rows:
@@ -180,6 +193,13 @@ class LinearAttention(nn.Module):
         self, x: Tensor | ops.Rows, ctx: Context, history: LayerState | None, last: int = 0,
     ) -> tuple[Tensor, ops.Contribution]:
         """Output of all tokens, or of the ``last`` ones only, and this block's own contribution (always of all tokens)."""
+        mixed, own = self.mix(x, ctx, history, last)
+        return self.proj(mixed), own
+
+    def mix(
+        self, x: Tensor | ops.Rows, ctx: Context, history: LayerState | None, last: int = 0,
+    ) -> tuple[Tensor, ops.Contribution]:
+        """As ``forward``, before the output projection."""
         past = None if history is None else ops.Contribution(history.vk, history.ksum)
         qkv = self.qkv(x)
         out, own = ops.linear_attention(
@@ -187,7 +207,7 @@ class LinearAttention(nn.Module):
             parity=self.parity, eps=self.eps,
         )
         out = out[:, -last:]  # [-0:] is everything
-        return self.proj(_official_layout(out) if self.parity else out), own
+        return _official_layout(out) if self.parity else out, own
 
 
 class CrossAttention(nn.Module):
@@ -208,10 +228,13 @@ class CrossAttention(nn.Module):
         return self.k_norm(k), v
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.proj(self.mix(_official_layout(x) if self.parity else x, ctx))
+
+    def mix(self, x: Tensor, ctx: Context) -> Tensor:
+        """As ``forward``, before the output projection."""
         k, v = self.read(ctx.text) if ctx.read is None else ctx.read
-        q = self.q_linear(_official_layout(x) if self.parity else x)
         norm = _here(self.q_norm.weight, x), self.q_norm.eps
-        return self.proj(ops.softmax_attention(q, k, v, self.heads, ctx.mask, ctx.lengths, norm))
+        return ops.softmax_attention(self.q_linear(x), k, v, self.heads, ctx.mask, ctx.lengths, norm)
 
 
 class _Conv(nn.Module):
@@ -301,20 +324,40 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(spec, operations, options, **kw)
         self.mlp = MixFFN(spec, operations, **kw)
 
-    def forward(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> tuple[Tensor, LayerState]:
+    def forward(
+        self, x: Tensor, ctx: Context, history: LayerState | None = None, spend: bool = False,
+    ) -> tuple[Tensor, LayerState]:
+        """Tokens ``[B, N, C]`` and the state that a commit would store. ``spend``: x may be overwritten."""
         table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
-        attended, own = self.attn(_modulated(self.attn.qkv, x, shift1, scale1), ctx, history)
-        x = ops.gated_residual(x, attended, gate1)
-        del attended  # its memory is wanted below
-        join = ops.residual_norm_fp8 if takes_rows(self.mlp.inverted_conv.conv, x) else ops.residual_norm
-        x, normed = join(x, self.cross_attn(x, ctx), shift2, scale2)
-        spatial, temporal, tail = self.mlp(normed, ctx.grid, None if history is None else history.tail)
+        past = None if history is None else history.tail
+        mixed, own = self.attn.mix(_modulated(self.attn.qkv, x, shift1, scale1), ctx, history)
+        offset = None
+        if self._adds_onto(x, mixed, gate1, ctx.grid[0], past):
+            x = x if spend else x.clone()
+            offset = add_onto(self.attn.proj, x, mixed, gate1)
+            del mixed  # its memory is wanted below
+            offset = offset + add_onto(self.cross_attn.proj, x, self.cross_attn.mix(ops.Shifted.of(x, offset), ctx))
+            normed = ops.modulate_norm(x, shift2, scale2, offset=offset)
+        else:
+            x = ops.gated_residual(x, self.attn.proj(mixed), gate1)
+            del mixed
+            join = ops.residual_norm_fp8 if takes_rows(self.mlp.inverted_conv.conv, x) else ops.residual_norm
+            x, normed = join(x, self.cross_attn(x, ctx), shift2, scale2)
+        spatial, temporal, tail = self.mlp(normed, ctx.grid, past)
         if temporal.ndim == 4:
-            x = ops.pair_residual(x, spatial, gate2, temporal, ctx.grid[0])
+            x = ops.pair_residual(x, spatial, gate2, temporal, ctx.grid[0], offset=offset)
         else:
             x = ops.gated_residual(x, spatial, gate2, temporal)
         return x, LayerState(own.vk, own.ksum, tail)
+
+    def _adds_onto(self, x: Tensor, mixed: Tensor, gate: Tensor, frames: int, past: Tensor | None) -> bool:
+        """Whether both attentions' outputs are added within their projections (``ops/onto.py``), and the end of the block takes
+        what those leave out."""
+        linears = self.attn.proj, self.cross_attn.q_linear, self.cross_attn.proj
+        return (
+            takes_pairs(self.mlp.t_conv, x, frames, past) and all(_multiplies(linear, x) for linear in linears)
+            and ops.add_product.choose(x, mixed, linears[0].weight, gate)[0] != "reference")
 
     def contribution(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> LayerState:
         """What ``forward`` would store, computing only the last frame after the attention's sums."""

@@ -18,7 +18,7 @@ from ..state import LayerState, RecurrentState, check_fits, layers_on
 from .embeddings import rope_table, time_sinusoid, unpatchify
 from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, Text, TimeEmbed, valid_lengths
 
-BlockHook = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+BlockHook = Callable[[int, Callable[..., Tensor], Tensor], Tensor]
 
 
 class SanaVideoTransformer(nn.Module):
@@ -55,7 +55,8 @@ class SanaVideoTransformer(nn.Module):
         """Velocity for ``latent [B, C, T, H, W]`` at ``timestep [B]`` (or ``[B, T]``, one per latent frame), 0..1000.
 
         ``caption [B, L, D]`` and ``caption_mask [B, L]`` (1 = valid), or what :meth:`read_text` made of them. With ``state`` the
-        block starts at ``state.position`` and sees the history; nothing is written. ``on_block(i, call, x)`` may replace block i.
+        block starts at ``state.position`` and sees the history; nothing is written. ``on_block(i, call, x)`` may replace block i,
+        which is ``call(x)``, or ``call(x, True)`` where nobody wants x afterwards: it may be overwritten then.
         """
         return self._run(latent, timestep, caption, caption_mask, state, on_block, None)
 
@@ -160,13 +161,13 @@ class SanaVideoTransformer(nn.Module):
 
     @staticmethod
     def _run_block(i, block, x, ctx, history, on_block, layers) -> Tensor:
-        def call(tokens: Tensor) -> Tensor:
-            out, layer = block(tokens, ctx, history)
+        def call(tokens: Tensor, spend: bool = False) -> Tensor:
+            out, layer = block(tokens, ctx, history, spend)
             if layers is not None:  # the tail is a view of all frames; a state must hold the last one only
                 layers.append(layer._replace(tail=layer.tail.clone()))
             return out
 
-        return call(x) if on_block is None else on_block(i, call, x)
+        return call(x, True) if on_block is None else on_block(i, call, x)
 
     compute_dtype: torch.dtype | None = None  # set by an owner whose layers cast their weights on use
 

@@ -1,6 +1,7 @@
 """The operators the network is made of. Call these; the registry chooses the backend."""
 
-from . import frames, frames_cpu, frames_fused, fused, fused_torch, library, pairs, pairs_fused, reference
+from . import frames, frames_cpu, frames_fused, fused, fused_torch, library, onto, pairs, pairs_fused, reference
+from .onto import Onto, Shifted
 from .pairs import AlongTime
 from .reference import Contribution, Rows
 from .registry import OPERATORS, Constraint, Operator, force, operator, report
@@ -16,6 +17,8 @@ temporal_taps = operator(reference.temporal_taps)
 time_pairs = operator(pairs.time_pairs)
 pair_weights = operator(pairs.pair_weights)
 pair_residual = operator(pairs.pair_residual)
+add_product = operator(onto.add_product)
+shifted_product = operator(onto.shifted_product)
 row_fp8 = operator(reference.row_fp8)
 scaled_fp8 = operator(reference.scaled_fp8)
 modulate_norm_fp8 = operator(reference.modulate_norm_fp8)
@@ -39,9 +42,9 @@ frames_fused.register(OPERATORS)
 frames_cpu.register(OPERATORS)
 
 __all__ = [
-    "OPERATORS", "AlongTime", "Constraint", "Contribution", "Operator", "Rows", "causal_step", "force", "frame_attention",
-    "frame_weights", "gated_depthwise", "gated_residual", "linear_attention", "modulate_norm", "modulate_norm_fp8",
-    "open_pairs", "open_window", "operator", "pair_conv", "pair_residual", "pair_weights", "pixel_conv", "report",
-    "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8", "scaled_fp8", "softmax_attention", "temporal_taps",
-    "temporal_taps_fp8", "time_double", "time_pairs", "upsample_conv",
+    "OPERATORS", "AlongTime", "Constraint", "Contribution", "Onto", "Operator", "Rows", "Shifted", "add_product", "causal_step",
+    "force", "frame_attention", "frame_weights", "gated_depthwise", "gated_residual", "linear_attention", "modulate_norm",
+    "modulate_norm_fp8", "open_pairs", "open_window", "operator", "pair_conv", "pair_residual", "pair_weights", "pixel_conv",
+    "report", "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8", "scaled_fp8", "shifted_product", "softmax_attention",
+    "temporal_taps", "temporal_taps_fp8", "time_double", "time_pairs", "upsample_conv",
 ]

@@ -77,8 +77,9 @@ def _modulation(x: Tensor, *rows: Tensor) -> tuple[list[Tensor], int]:
 
 
 def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tensor | None, shift: Tensor | None,
-                   scale: Tensor | None, eps: float, fp8: bool = False) -> tuple[Tensor | None, Tensor | Rows | None]:
-    """``x + gate * (y + extra)`` when there is y, and its modulated norm when there is a scale."""
+                   scale: Tensor | None, eps: float, fp8: bool = False, offset: Tensor | None = None,
+                   ) -> tuple[Tensor | None, Tensor | Rows | None]:
+    """``x + gate * (y + extra)`` when there is y, and its modulated norm when there is a scale. ``offset``: only without y."""
     x, y, extra = (None if t is None else t.contiguous() for t in (x, y, extra))
     batch, tokens, channels = x.shape
     given = [r for r in (gate, shift, scale) if r is not None]
@@ -93,17 +94,19 @@ def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tens
     if fp8:
         block, warps = 1, TUNING["norm_fp8"][0]
     each = tokens // frames
-    used = (x if t is None else t for t in (y, extra, gate, shift, scale, out, normed, factor))  # the others are not touched
+    offset = None if offset is None else offset.float().expand(batch, -1, -1).contiguous()
+    used = (x if t is None else t for t in (y, extra, gate, shift, scale, offset, out, normed, factor))  # the others: untouched
     with torch.cuda.device_of(x):
         _kernels().residual_norm_kernel[(-(-each // block), batch * frames)](
-            x, *used, each, stride, eps, LIMIT=E4M3_MAX, LEAST=E4M3_LEAST, **_row(channels), TOKENS=block, HAS_Y=y is not None,
-            HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, HAS_NORM=scale is not None, FP8=fp8, num_warps=warps)
+            x, *used, each, frames, stride, eps, LIMIT=E4M3_MAX, LEAST=E4M3_LEAST, **_row(channels), TOKENS=block,
+            HAS_Y=y is not None, HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, HAS_NORM=scale is not None,
+            HAS_OFFSET=offset is not None, FP8=fp8, num_warps=warps)
     return out, Rows(normed, factor) if fp8 else normed
 
 
-def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, offset: Tensor | None = None) -> Tensor:
     """See ``reference.modulate_norm``; one read, one write, one rounding."""
-    return _residual_norm(x, None, None, None, shift, scale, eps)[1]
+    return _residual_norm(x, None, None, None, shift, scale, eps, offset=offset)[1]
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, extra: Tensor | None = None) -> Tensor:

@@ -48,6 +48,30 @@ def softmax_attention(
     return reference.softmax_attention(q, k, v, heads, mask, lengths)
 
 
+def add_product(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+    """See ``onto.add_product``; the product starts from x. A row of the batch at a time, because each has its gate."""
+    gates = [None] * len(x) if gate is None else gate.expand(len(x), -1, -1)
+    for row, y_row, g in zip(x, y, gates):
+        row.addmm_(y_row, (weight if g is None else weight * g.t()).t())
+    return x
+
+
+def shifted_product(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See ``onto.shifted_product``; the offset goes into the bias, a row of the batch at a time."""
+    biases = F.linear(offset.to(x.dtype), weight, bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    for goal, row, its_bias in zip(out, x, biases.expand(len(x), -1, -1)):
+        torch.addmm(its_bias[0], row, weight.t(), out=goal)
+    return out
+
+
+def worth_adding(x, y, weight, gate=None) -> str | None:
+    """Reason to refuse so few tokens that the gated weight costs more than the pass that it saves."""
+    if gate is not None and gate.shape[1] > 1:
+        return "needs one gate for all frames"
+    return f"worth it from {len(weight)} tokens on, as many as channels" if x.shape[1] < len(weight) else None
+
+
 def has_weight(x, weight, eps) -> str | None:
     """Reason to refuse an RMSNorm without weight."""
     return "needs a weight" if weight is None else None
@@ -67,3 +91,5 @@ def register(operators: dict) -> None:
     operators["softmax_attention"].add("torch-fused", softmax_attention, Constraint(**card))
     operators["softmax_attention"].compiled["torch-fused"] = softmax_attention
     operators["temporal_taps"].add("torch-fused", temporal_taps, Constraint(**card))
+    operators["add_product"].add("torch-fused", add_product, Constraint(**card, check=worth_adding))
+    operators["shifted_product"].add("torch-fused", shifted_product, Constraint(**card))

@@ -50,13 +50,14 @@ def _row_scale(bits, LIMIT: tl.constexpr, LEAST: tl.constexpr):
     return most * (1 / LIMIT), tl.div_rn(1.0, most) * LIMIT
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "frames"])
 def residual_norm_kernel(
-    x, y, extra, gate, shift, scale, out, normed, factor, tokens, row_stride, eps, LIMIT: tl.constexpr, LEAST: tl.constexpr,
-    C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, HAS_Y: tl.constexpr,
-    HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, FP8: tl.constexpr,
+    x, y, extra, gate, shift, scale, offset, out, normed, factor, tokens, frames, row_stride, eps, LIMIT: tl.constexpr,
+    LEAST: tl.constexpr, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, HAS_Y: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr, FP8: tl.constexpr,
 ):
-    """``out = x + gate * (y + extra)`` and ``normed = LayerNorm(out) * (1 + scale) + shift``, or one of the two.
+    """``out = x + gate * (y + extra)`` and ``normed = LayerNorm(out) * (1 + scale) + shift``, or one of the two. HAS_OFFSET: of
+    ``x + offset [B, C]``; B comes with ``frames`` modulation rows each.
 
     TOKENS tokens of one modulation row (``tokens`` of them each) a program. The norm is that of the float32 sum. FP8: it is
     divided by a scale of the token, which goes into ``factor``.
@@ -72,6 +73,9 @@ def residual_norm_kernel(
     if HAS_NORM:
         gain_a, gain_b = 1.0 + _float(scale + place + a, real_a), 1.0 + _float(scale + place + b, real_b)
         offset_a, offset_b = _float(shift + place + a, real_a), _float(shift + place + b, real_b)
+    if HAS_OFFSET:
+        more_a = _float(offset + row // frames * C + a, real_a)
+        more_b = _float(offset + row // frames * C + b, real_b)
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         here = token < tokens
@@ -81,6 +85,10 @@ def residual_norm_kernel(
         if REST:
             inside_b = real_b & here
             value_b = _residual(x, y, extra, gate_b, start + b, inside_b, HAS_Y, HAS_EXTRA, HAS_GATE)
+        if HAS_OFFSET:
+            value_a += more_a
+            if REST:
+                value_b += more_b
         if HAS_Y:
             tl.store(out + start + a, value_a.to(out.dtype.element_ty), mask=inside_a)
             if REST:

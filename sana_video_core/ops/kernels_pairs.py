@@ -65,9 +65,11 @@ def _sum_of(x, y, gate, temporal, at, inside):
 
 @triton.jit(do_not_specialize=["frames", "size", "rows", "stride"])
 def pair_residual_kernel(
-    x, y, gate, products, out, frames, size, rows, stride, factor, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, y, gate, offset, products, out, frames, size, rows, stride, factor, C: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, HAS_OFFSET: tl.constexpr,
 ):
     """``x + gate * (y + temporal)`` ``[B, frames, size, C]``; ``rows`` gates of a batch (1 or frames), ``stride`` apart.
+    HAS_OFFSET: and ``offset [B, C]``.
 
     Programs: channels, tokens of a frame, pairs of the batch.
     """
@@ -88,9 +90,14 @@ def pair_residual_kernel(
     start = (batch * frames + t) * frame
     kind = out.dtype.element_ty
     first = _sum_of(x + start, y + start, here, (m0 + m1 + m2) * factor, at, inside)
+    if HAS_OFFSET:
+        more = tl.load(offset + batch * C + c, mask=real, other=0.0)[None, :]
+        first += more
     tl.store(out + start + at, first.to(kind), mask=inside)
     there = tl.load(row + tl.where(rows > 1, stride, 0), mask=real & (t + 1 < frames), other=0.0).to(tl.float32)
     both = inside & (t + 1 < frames)
     start += frame
     second = _sum_of(x + start, y + start, there, (m1 - m2 - m3) * factor, at, both)
+    if HAS_OFFSET:
+        second += more
     tl.store(out + start + at, second.to(kind), mask=both)

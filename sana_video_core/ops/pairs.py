@@ -53,22 +53,38 @@ def pair_weights(weight: Tensor) -> Tensor:
     return tap_sums(weight.unflatten(1, (3, -1)))
 
 
-def pair_residual(x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int) -> Tensor:
-    """``x + gate * (y + temporal)`` of ``products [B, 4, ceil(T / 2) * S, C]``; gate rows ``[B, 1 or T, C]``."""
+def pair_residual(
+    x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int, *, offset: Tensor | None = None,
+) -> Tensor:
+    """``x + gate * (y + temporal)`` of ``products [B, 4, ceil(T / 2) * S, C]``; gate rows ``[B, 1 or T, C]``.
+
+    ``offset`` ``[B, 1, C]`` float32 is added too (``onto.py``)."""
     m0, m1, m2, m3 = (products.float() if products.dtype == torch.float16 else products).unbind(1)
     size = x.shape[1] // frames
     both = torch.stack([t.unflatten(1, (-1, size)) for t in (m0 + m1 + m2, m1 - m2 - m3)], 2)  # B, pairs, 2, S, C
     temporal = both.flatten(1, 2)[:, :frames].flatten(1, 2) / SCALE
     total = (y + temporal).unflatten(1, (gate.shape[1], -1))
-    return (x.unflatten(1, (gate.shape[1], -1)) + gate[:, :, None] * total).flatten(1, 2).to(x.dtype)
+    total = (x.unflatten(1, (gate.shape[1], -1)) + gate[:, :, None] * total).flatten(1, 2)
+    return (total if offset is None else total + offset).to(x.dtype)
 
 
-class AlongTime(torch.Tensor):
-    """``u [B, T*S, C]`` as the input of a Linear layer ``[C, 3C]`` that holds the temporal convolution.
+class LinearInput(torch.Tensor):
+    """The input of a Linear layer whose product is to be another one.
 
-    Whatever the layer does to bring its weight to the card (casts, offloading, LoRAs), it ends in ``linear(u, weight)``: that
-    gives the four products of :func:`time_pairs` and :func:`pair_weights` here, ``[B, 4, ceil(T / 2) * S, C]``.
+    Whatever the layer does to bring its weight to the card (casts, offloading, LoRAs), it ends in ``linear(x, weight, bias)``,
+    and that in :meth:`product` here. Other work on it is that of a tensor.
     """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        return args[0].product(*args[1:], **kwargs or {})
+
+
+class AlongTime(LinearInput):
+    """``u [B, T*S, C]`` for a layer ``[C, 3C]`` that holds the temporal convolution: gives the four products of
+    :func:`time_pairs` and :func:`pair_weights`, ``[B, 4, ceil(T / 2) * S, C]``."""
 
     frames: int
     tail: Tensor | None
@@ -79,12 +95,8 @@ class AlongTime(torch.Tensor):
         given.frames, given.tail = frames, tail
         return given
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is not F.linear:
-            return super().__torch_function__(function, types, args, kwargs or {})
-        given, weight = args[0], args[1]
-        return products(given.as_subclass(Tensor), given.frames, given.tail, weight)
+    def product(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return products(self.as_subclass(Tensor), self.frames, self.tail, weight)
 
 
 def products(u: Tensor, frames: int, tail: Tensor | None, weight: Tensor) -> Tensor:

@@ -43,21 +43,23 @@ def pair_weights(weight: Tensor) -> Tensor:
     return out
 
 
-def pair_residual(x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int) -> Tensor:
+def pair_residual(
+    x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int, *, offset: Tensor | None = None,
+) -> Tensor:
     """See ``pairs.pair_residual``; one pass, one rounding."""
     x, y, products = x.contiguous(), y.contiguous(), products.contiguous()
     batch, tokens, channels = x.shape
     size, (rows, block, warps) = tokens // frames, TUNING["residual"]
     (gate,), stride = _modulation(x, gate)
-    out = torch.empty_like(x)
+    out, more = torch.empty_like(x), x if offset is None else offset.float().expand(batch, -1, -1).contiguous()
     with torch.cuda.device_of(x):
         _kernels().pair_residual_kernel[(-(-channels // block), -(-size // rows), batch * ((frames + 1) // 2))](
-            x, y, gate, products, out, frames, size, gate.shape[1], stride, 1 / SCALE, C=channels, ROWS=rows,
-            BLOCK_C=min(block, _block(channels)), num_warps=warps)
+            x, y, gate, more, products, out, frames, size, gate.shape[1], stride, 1 / SCALE, C=channels, ROWS=rows,
+            BLOCK_C=min(block, _block(channels)), HAS_OFFSET=offset is not None, num_warps=warps)
     return out
 
 
-def _one_kind(x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int) -> str | None:
+def _one_kind(x: Tensor, y: Tensor, gate: Tensor, products: Tensor, frames: int, **_) -> str | None:
     return one_dtype(x, y, gate)
 
 

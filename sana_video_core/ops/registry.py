@@ -132,7 +132,7 @@ class Operator:
             if not type(error).__module__.startswith("triton"):
                 raise
             self._give_up(name, str(args[0].device), error)
-        return self(*args, **kwargs)  # no operator has changed its inputs
+        return self(*args, **kwargs)  # no operator with Triton kernels has changed its inputs
 
     def _give_up(self, name: str, device: str, error: Exception) -> None:
         """A kernel that does not fit this card (shared memory, registers) or that its compiler refuses: do without it."""

@@ -44,7 +44,7 @@ def quantised(patcher):
     return {name: m for name, m in network.named_modules() if getattr(m, "quant_format", None) is not None}
 
 
-def pass_of(patcher, seed=0):
+def pass_of(patcher, seed=0, **options):
     """The network's answer to fixed inputs."""
     import comfy.model_management as management
 
@@ -53,7 +53,7 @@ def pass_of(patcher, seed=0):
     g = torch.Generator().manual_seed(seed)
     latent, text = torch.randn(1, 16, 3, 4, 8, generator=g), torch.randn(1, 20, 64, generator=g)
     with torch.inference_mode():
-        return network(latent, torch.tensor([400.0]), text)
+        return network(latent, torch.tensor([400.0]), text, **options)
 
 
 def same_weights(one, other):

@@ -143,6 +143,35 @@ def test_temporal_convolution_by_pairs(case):
         assert torch.equal(sums, wanted) and torch.equal(pairs_fused.pair_weights(weight), pairs.pair_weights(weight))
 
 
+def added_afterwards(frames, x, y, z, weight, into, bias, gate, shift, scale, products):
+    """A sum, and what reads it: queries of the text, a norm, the end of a block."""
+    total = reference.gated_residual(x, torch.nn.functional.linear(y, weight, bias), gate)
+    return (total, torch.nn.functional.linear(total, into, bias), reference.modulate_norm(total, shift, scale),
+            pairs.pair_residual(total, z, gate, products, frames))
+
+
+@pytest.mark.parametrize("case", range(CASES))
+def test_outputs_added_within_their_products(case):
+    """And what reads the sum, each against float64 and plain torch."""
+    for seed in range(case * DRAWS, (case + 1) * DRAWS):
+        g, batch, frames, height, width, heads, dim = draw(seed)
+        size, channels = height * width, heads * dim
+        x, y, z = (noise(g, batch, frames * size, channels) for _ in range(3))
+        y = y.transpose(1, 2).contiguous().transpose(1, 2) if seed % 5 == 0 else y
+        weight, into = (noise(g, channels, channels, scale=channels ** -0.5) for _ in range(2))
+        bias, gate, shift, scale = noise(g, channels), *(noise(g, batch, 1, channels) for _ in range(3))
+        products = noise(g, batch, 4, (frames + 1) // 2 * size, channels).half()
+        args = x, y, z, weight, into, bias, gate, shift, scale, products
+        truth, plain = added_afterwards(frames, *(a.double() for a in args)), added_afterwards(frames, *args)
+        poison(x)
+        total, offset = fused_torch.add_product(x.clone(), y, weight, gate), gate.float() * bias.float()
+        found = (total + offset, fused_torch.shifted_product(total, offset, into, bias),
+                 fused.modulate_norm(total, shift, scale, offset=offset),
+                 pairs_fused.pair_residual(total, z, gate, products, frames, offset=offset))
+        for ours, theirs, right in zip(found, plain, truth):
+            assert bool(torch.isfinite(ours).all()) and relative(ours, right) <= TOLERANCE * max(relative(theirs, right), 1e-3)
+
+
 @pytest.mark.parametrize("case", range(CASES))
 def test_gated_depthwise(case):
     for seed in range(case * DRAWS, (case + 1) * DRAWS):

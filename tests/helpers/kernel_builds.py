@@ -53,7 +53,9 @@ def network_calls(fused) -> None:
     x, y, weight, rows = new(1, tokens, width), new(1, tokens, width), new(width), new(1, 1, width)
     table = [new(tokens, width // heads // 2, dtype=torch.float32)] * 2
     past = Contribution(new(1, heads, 112, 112, dtype=torch.float32), new(1, heads, 1, 112, dtype=torch.float32))
+    offset = new(1, 1, width, dtype=torch.float32)
     fused.modulate_norm(x, rows, rows)
+    fused.modulate_norm(x, rows, rows, offset=offset)
     fused.gated_residual(x, y, rows)
     fused.gated_residual(x, y, rows, y)
     fused.residual_norm(x, y, rows, rows)
@@ -72,7 +74,8 @@ def network_calls(fused) -> None:
     fused.temporal_taps_fp8(x, 21, new(1, 1, 1560, width))
     pairs_fused.time_pairs(x, 21, new(1, 1, 1560, width))
     pairs_fused.pair_weights(new(width, 3 * width))
-    pairs_fused.pair_residual(x, y, rows, new(1, 4, 11 * 1560, width, dtype=torch.float16), 21)
+    for given in (None, offset):
+        pairs_fused.pair_residual(x, y, rows, new(1, 4, 11 * 1560, width, dtype=torch.float16), 21, offset=given)
     words = new(2, 300, width)
     fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 300), (weight, 1e-6))
     table = [new(60, 8, dtype=torch.float32)] * 2

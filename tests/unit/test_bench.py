@@ -22,9 +22,10 @@ def bench(root):
     spec = importlib.util.spec_from_file_location("bench", folder / "__init__.py", submodule_search_locations=[str(folder)])
     sys.modules["bench"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["bench"])
-    from bench import cli, dit, harness, prepare, weights
+    from bench import cli, dit, harness, operators, prepare, profile, weights
 
-    return type("Bench", (), {"cli": cli, "dit": dit, "harness": harness, "prepare": prepare, "weights": weights})
+    return type("Bench", (), {"cli": cli, "dit": dit, "harness": harness, "operators": operators, "prepare": prepare,
+                              "profile": profile, "weights": weights})
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,29 @@ def test_list_of_benchmarks_names_modules_that_exist(bench, root, capsys):
     listed = capsys.readouterr().err
     for name in bench.cli.BENCHMARKS:
         assert (root / "bench" / f"{name}.py").is_file() and name in listed
+
+
+def test_every_operator_is_checked_before_it_is_timed(bench, monkeypatch):
+    """At small sizes on the CPU: all rows, each with its check; one wrong operator and there are no more figures."""
+    report = bench.harness.Report("operators")
+    bench.operators.run(report, "cpu", True)
+    sizes = bench.operators.SIZES
+    assert [row["name"] for row in report.rows] == [f"{size}_{name}" for size in sizes for name in bench.operators.FLOORS]
+    assert all("floor_ratio" not in row for row in report.rows)  # the table is an H200's
+    assert len(report.checks) == sum("ratio_vs_plain" in row for row in report.rows) == 8 * len(sizes)
+    wrong = svc.ops.OPERATORS["gated_depthwise"]
+    monkeypatch.setattr(wrong, "reference", lambda x, w, b, grid: x[..., ::2] * 1.01)
+    report = bench.harness.Report("operators")
+    with pytest.raises(bench.harness.BenchError, match="480p gated_depthwise"):
+        bench.operators.run(report, "cpu", True)
+    with pytest.raises(bench.harness.BenchError, match="green check"):
+        report.add("time", 1.0)
+
+
+def test_a_profile_names_the_kinds_of_work(bench):
+    times = [("nvjet_sm90_tst", 5.0, 2), ("gated_depthwise_kernel", 2.0, 1), ("void at::native::copy", 1.0, 3),
+             ("pair_residual_kernel", 0.5, 1), ("attention_keys_kernel", 0.25, 1), ("text_attention_kernel", 0.125, 1),
+             ("cutlass::Kernel", 1.0, 1)]
+    found = bench.profile.by_kind(times)
+    assert found == {"products": 6.0, "gated_depthwise": 2.0, "rest": 1.0, "temporal": 0.5, "linear_attention": 0.25,
+                     "text_attention": 0.125} and list(found)[0] == "products"

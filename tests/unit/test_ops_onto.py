@@ -1,0 +1,169 @@
+"""Outputs added within their layer's product: the same as adding them afterwards, and nobody's tokens are overwritten."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from kernelcases import CASES, draw
+from torch import nn
+
+from longvideo import caption, latent, tiny_model
+from sana_video_core import ops
+from sana_video_core.dit import layers
+from sana_video_core.ops import fused_torch, onto, pairs
+
+
+def arguments(seed: int):
+    """(x, y, weight, bias, gate) of a case in float64."""
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    tokens, channels, inner = frames * height * width, heads * dim, 3 + seed
+    given = (noise(batch, tokens, channels), noise(batch, tokens, inner), noise(channels, inner), noise(channels),
+             noise(batch, 1, channels))
+    return tuple(t.double() for t in given)
+
+
+def plain(x, y, weight, bias, gate):
+    return x + gate * nn.functional.linear(y, weight, bias)
+
+
+@pytest.mark.parametrize("seed", range(2 * CASES))
+@pytest.mark.parametrize("of", [onto, fused_torch], ids=["reference", "fused"])
+def test_it_is_the_sum(seed, of):
+    x, y, weight, bias, gate = arguments(seed)
+    y = y.transpose(1, 2).contiguous().transpose(1, 2) if seed % 3 == 0 else y
+    for g, scale in ((gate, gate), (gate[:1], gate[:1].expand_as(gate)), (None, torch.ones_like(gate))):
+        goal = x.clone()
+        found = of.add_product(goal, y, weight, g)
+        assert found.data_ptr() == goal.data_ptr()
+        torch.testing.assert_close(found, plain(x, y, weight, None, scale))
+    into = torch.randn(5, x.shape[-1], dtype=x.dtype)
+    for offset, its_bias in ((gate, torch.randn(5, dtype=x.dtype)), (gate, None), (gate[:1], None)):
+        found = of.shifted_product(x, offset, into, its_bias)
+        torch.testing.assert_close(found, nn.functional.linear(x + offset, into, its_bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_adds_its_output(bias):
+    for seed in range(CASES):
+        x, y, weight, b, gate = (t.float() for t in arguments(seed))
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias).requires_grad_(False)
+        layer.weight.copy_(weight)
+        if bias:
+            layer.bias.copy_(b)
+        for g in (gate, None):
+            goal = x.clone()
+            offset = layers.add_onto(layer, goal, y, g)
+            expected = plain(x, y, weight, b if bias else None, 1 if g is None else g)
+            torch.testing.assert_close(goal + offset, expected, rtol=1e-4, atol=1e-4)
+            assert type(goal) is torch.Tensor and offset.dtype == torch.float32 and offset.shape[1:] == (1, x.shape[-1])
+            reader = nn.Linear(x.shape[-1], 4).requires_grad_(False)
+            seen = reader(ops.Shifted.of(goal, offset))
+            assert type(seen) is torch.Tensor
+            torch.testing.assert_close(seen, reader(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_card_does_is_said(on_the_cpu):
+    x, y, weight, _, gate = arguments(3)
+    few, several = x[:, :1], gate.expand(-1, 2, -1)
+    refused = [ops.add_product.choose(few, y[:, :1], weight, gate), ops.add_product.choose(x, y, weight, several)]
+    assert all(name == "reference" for name, _, _ in refused)
+    assert "as many as channels" in refused[0][2]["torch-fused"] and "one gate" in refused[1][2]["torch-fused"]
+    with torch.enable_grad():
+        assert "backward" in ops.add_product.choose(x.requires_grad_(), y, weight, gate)[2]["torch-fused"]
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """As if the CPU were a card with these operators."""
+    for name in ("time_pairs", "pair_weights", "pair_residual"):
+        backends = ops.OPERATORS[name].backends
+        here = dataclasses.replace(backends["triton"][1], devices=("cpu",), dtypes=(torch.float32, torch.bfloat16), triton=False)
+        monkeypatch.setitem(backends, "triton", (getattr(pairs, name), here))
+    for name in ("add_product", "shifted_product"):
+        backends = ops.OPERATORS[name].backends
+        function, constraint = backends["torch-fused"]
+        monkeypatch.setitem(backends, "torch-fused", (function, dataclasses.replace(constraint, devices=("cpu",))))
+
+
+def awake(seed: int = 5):
+    """A small network whose attentions have biases and gates that matter."""
+    model = copy.deepcopy(tiny_model())  # it is shared
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for block in model.blocks:
+            for part in (block.attn.proj.bias, block.cross_attn.proj.bias, block.cross_attn.q_linear.bias):
+                part.copy_(torch.randn(part.shape, generator=generator))
+            block.scale_shift_table.copy_(torch.randn(block.scale_shift_table.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize(("frames", "batch"), [(2, 2), (3, 1), (4, 2), (5, 1)])
+def test_a_network_gives_the_same_either_way(frames, batch, on_the_cpu, monkeypatch):
+    """Clips and blocks with a history, one time for all frames (and one a frame, which keeps the plain way), and the state."""
+    model, x, (y, mask) = awake(), latent(frames, batch=batch), caption(0, batch=batch)
+    model.requires_grad_(False)
+    times, found, taken = torch.linspace(100, 900, batch * frames).view(batch, frames), [], []
+    real = fused_torch.add_product
+    constraint = ops.OPERATORS["add_product"].backends["torch-fused"][1]
+    constraint = dataclasses.replace(constraint, check=few_tokens_too)
+    monkeypatch.setitem(ops.OPERATORS["add_product"].backends, "torch-fused",
+                        (lambda *a: taken.append(1) or real(*a), constraint))
+    for backend in ("reference", None):
+        with ops.force(backend, "add_product"):
+            _, state = model.commit(latent(3, 7, batch), y, mask)
+            after = model.absorb(x, y, mask, state=state)
+            found.append([model(x, times[:, 0], y, mask), *(t for layer in after.layers for t in layer)])
+            before = len(taken)
+            found[-1].append(model(x, times, y, mask, state=state))
+            assert len(taken) == before  # a gate a frame
+        assert bool(taken) == (backend is None)
+    assert all(float((a - b).norm() / a.norm()) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+def few_tokens_too(x, y, weight, gate=None) -> str | None:
+    return "a gate a frame" if gate is not None and gate.shape[1] > 1 else None
+
+
+def test_tokens_that_a_hook_may_keep_are_left_as_they_were(on_the_cpu, monkeypatch):
+    function, constraint = ops.OPERATORS["add_product"].backends["torch-fused"]
+    monkeypatch.setitem(ops.OPERATORS["add_product"].backends, "torch-fused",
+                        (function, dataclasses.replace(constraint, check=None)))
+    model, x, (y, mask), kept = awake().requires_grad_(False), latent(3), caption(0), []
+
+    def keep(index, call, tokens):
+        out = call(tokens)
+        kept.append((tokens, before[index], out, out.clone()))
+        return out
+
+    before = []
+    expected = model(x, torch.full((1,), 500.0), y, mask, on_block=lambda i, call, t: before.append(t.clone()) or call(t))
+    found = model(x, torch.full((1,), 500.0), y, mask, on_block=keep)
+    spent = model(x, torch.full((1,), 500.0), y, mask, on_block=lambda i, call, t: call(t, True))
+    assert all(torch.equal(tokens, was) and torch.equal(out, gave) for tokens, was, out, gave in kept)
+    assert torch.equal(found, expected) and torch.equal(spent, expected)
+
+
+@pytest.mark.parametrize("what", ["hook", "forward", "dtype", "gradient", "force"])
+@pytest.mark.parametrize("where", ["attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.t_conv"])
+def test_layers_that_others_have_changed_keep_the_plain_way(what, where, on_the_cpu):
+    block = awake().requires_grad_(False).blocks[0]
+    layer, width = block.get_submodule(where), block.attn.proj.in_features
+    x, gate = torch.zeros(1, 4 * width, width), torch.zeros(1, 1, width)
+
+    def adds() -> bool:
+        return block._adds_onto(x, x, gate, 4, None)
+
+    assert adds() and not block._adds_onto(x, x, gate, 1, None)
+    if what == "hook":
+        layer.register_forward_hook(lambda *a: None)
+    if what == "forward":
+        layer.forward = lambda x: x
+    if what == "dtype":
+        layer.double()
+    if what == "gradient":
+        layer.requires_grad_(True)
+    with torch.enable_grad(), ops.force("reference" if what == "force" else None):
+        assert not adds()
