@@ -71,7 +71,7 @@ def attentions(grid: tuple[int, int, int], width: Width, noise, device: str) -> 
     gains, qkv = [noise(c, scale=0.1) + 1 for _ in range(2)], noise(1, tokens, 3 * c)
     table = rope_table(*grid, c // heads, device=device)
     wide, square = linear(3 * c, c, noise, bias=False), linear(c, c, noise)
-    offset = noise(1, 1, c).float()
+    offset = noise(1, 1, c)
     weight, bias = square.weight, square.bias
     norm = gains[0], 1e-6
 
@@ -94,7 +94,7 @@ def attentions(grid: tuple[int, int, int], width: Width, noise, device: str) -> 
             lambda result: result[0]),
         "attention_out": out(True),
         "text_queries": Case(lambda: square(ops.Shifted.of(x, offset)),
-                             lambda x, o, w, b: F.linear((x + o).to(x.dtype), w, b), (x, offset, weight, bias)),
+                             lambda x, o, w, b: F.linear(x + o, w, b), (x, offset, weight, bias)),
         "text_attention": Case(lambda: ops.softmax_attention(x, *text, heads, None, (width.text,), norm), normed_text,
                                (x, *text, gains[0])),
         "text_out": out(False),

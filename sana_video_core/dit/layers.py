@@ -93,11 +93,12 @@ def _multiplies(linear: nn.Module, x: Tensor) -> bool:
         and not (torch.is_grad_enabled() and weight.requires_grad))
 
 
-def add_onto(linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """``x + gate * linear(y)`` in the place of x, but for what all tokens get alike: that is returned, ``[B or 1, 1, C]``."""
-    given = ops.Onto.of(y, x, gate)
+def add_onto(linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None = None, offset: Tensor | None = None) -> Tensor | None:
+    """``x + gate * linear(y)`` in the place of x, but for what all tokens get alike, ``[B or 1, 1, C]``: that is added to
+    ``offset`` and returned (None: there is nothing)."""
+    given = ops.Onto.of(y, x, gate, offset)
     linear(given)
-    return x.new_zeros(1, 1, x.shape[-1], dtype=torch.float32) if given.offset is None else given.offset
+    return given.offset
 
 
 def _modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | ops.Rows:
@@ -337,7 +338,9 @@ class Block(nn.Module):
             x = x if spend else x.clone()
             offset = add_onto(self.attn.proj, x, mixed, gate1)
             del mixed  # its memory is wanted below
-            offset = offset + add_onto(self.cross_attn.proj, x, self.cross_attn.mix(ops.Shifted.of(x, offset), ctx))
+            seen = self.cross_attn.mix(x if offset is None else ops.Shifted.of(x, offset), ctx)
+            offset = add_onto(self.cross_attn.proj, x, seen, None, offset)
+            del seen
             normed = ops.modulate_norm(x, shift2, scale2, offset=offset)
         else:
             x = ops.gated_residual(x, self.attn.proj(mixed), gate1)

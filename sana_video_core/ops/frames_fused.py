@@ -17,7 +17,7 @@ from .frames import PAST
 from .fused import _row
 from .fused_torch import one_dtype
 from .pairs import narrow
-from .registry import Constraint
+from .registry import Constraint, capability
 
 # Launch settings. Convolution, by output channels of a program: (pixels, input channels a step, warps, stages, most registers
 # a thread or None): two programs fit a multiprocessor, so that one computes while the other writes; by the compiler's report
@@ -46,7 +46,7 @@ def _columns(channels: int) -> int:
 
 
 def _hopper(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return x.is_cuda and capability(x.device)[0] == 9
 
 
 def _setting(columns: int, cin: int, table: dict) -> tuple[int, int, dict[str, int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .fused_torch import has_weight, one_dtype
 from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, Rows, e4m3_scale
-from .registry import Constraint
+from .registry import Constraint, capability
 
 KEY_TOKENS = 16  # tokens a program sums keys of
 # Programs a head, for the sums and the application of the linear attention: with 20 heads two for each of an H200's 132
@@ -36,7 +36,7 @@ SMALLER = {"state": (32, 8, 2), "apply": (32, 8, 2), "text": (32, 16, 8, 2)}
 
 
 def _setting(name: str, x: Tensor) -> tuple:
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    hopper = x.is_cuda and capability(x.device)[0] == 9
     return TUNING[name] if hopper else SMALLER.get(name, TUNING[name])
 
 
@@ -94,7 +94,7 @@ def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tens
     if fp8:
         block, warps = 1, TUNING["norm_fp8"][0]
     each = tokens // frames
-    offset = None if offset is None else offset.float().expand(batch, -1, -1).contiguous()
+    offset = None if offset is None else offset.expand(batch, -1, -1).contiguous()
     used = (x if t is None else t for t in (y, extra, gate, shift, scale, offset, out, normed, factor))  # the others: untouched
     with torch.cuda.device_of(x):
         _kernels().residual_norm_kernel[(-(-each // block), batch * frames)](

@@ -58,7 +58,7 @@ def add_product(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None = None
 
 def shifted_product(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See ``onto.shifted_product``; the offset goes into the bias, a row of the batch at a time."""
-    biases = F.linear(offset.to(x.dtype), weight, bias)
+    biases = F.linear(offset, weight, bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
     for goal, row, its_bias in zip(out, x, biases.expand(len(x), -1, -1)):
         torch.addmm(its_bias[0], row, weight.t(), out=goal)

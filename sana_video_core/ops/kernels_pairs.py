@@ -91,7 +91,7 @@ def pair_residual_kernel(
     kind = out.dtype.element_ty
     first = _sum_of(x + start, y + start, here, (m0 + m1 + m2) * factor, at, inside)
     if HAS_OFFSET:
-        more = tl.load(offset + batch * C + c, mask=real, other=0.0)[None, :]
+        more = tl.load(offset + batch * C + c, mask=real, other=0.0).to(tl.float32)[None, :]
         first += more
     tl.store(out + start + at, first.to(kind), mask=inside)
     there = tl.load(row + tl.where(rows > 1, stride, 0), mask=real & (t + 1 < frames), other=0.0).to(tl.float32)

@@ -9,6 +9,7 @@ meets this. Not covered: gradients.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,28 +23,29 @@ def add_product(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None = None
 
 
 def shifted_product(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``(x + offset) weight^T + bias``; offset in float32."""
-    return F.linear((x + offset).to(x.dtype), weight, bias)
+    """``(x + offset) weight^T + bias``."""
+    return F.linear(x + offset, weight, bias)
 
 
 class Onto(LinearInput):
-    """``y`` for a layer whose output goes onto x times gate: that changes x. ``offset``, set then: float32 or None."""
+    """``y`` for a layer whose output goes onto x times gate: that changes x. What x still lacks is added to ``offset``."""
 
     x: Tensor
     gate: Tensor | None
     offset: Tensor | None
 
     @classmethod
-    def of(cls, y: Tensor, x: Tensor, gate: Tensor | None = None) -> Onto:
+    def of(cls, y: Tensor, x: Tensor, gate: Tensor | None = None, offset: Tensor | None = None) -> Onto:
         given = y.as_subclass(cls)
-        given.x, given.gate, given.offset = x, gate, None
+        given.x, given.gate, given.offset = x, gate, offset
         return given
 
     def product(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         from . import OPERATORS  # of the functions above
 
-        if bias is not None:  # a copy: the layer may have lent its bias
-            self.offset = bias.float() * (bias.new_ones(1, 1, 1) if self.gate is None else self.gate.float())
+        if bias is not None:  # into a new tensor: the layer has only lent its bias
+            gate = bias.new_ones(1, 1, 1) if self.gate is None else self.gate
+            self.offset = gate * bias if self.offset is None else torch.addcmul(self.offset, gate, bias)
         return OPERATORS["add_product"](self.x, self.as_subclass(Tensor), weight, self.gate)
 
 

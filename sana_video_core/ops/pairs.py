@@ -58,7 +58,7 @@ def pair_residual(
 ) -> Tensor:
     """``x + gate * (y + temporal)`` of ``products [B, 4, ceil(T / 2) * S, C]``; gate rows ``[B, 1 or T, C]``.
 
-    ``offset`` ``[B, 1, C]`` float32 is added too (``onto.py``)."""
+    ``offset`` ``[B, 1, C]`` is added too (``onto.py``)."""
     m0, m1, m2, m3 = (products.float() if products.dtype == torch.float16 else products).unbind(1)
     size = x.shape[1] // frames
     both = torch.stack([t.unflatten(1, (-1, size)) for t in (m0 + m1 + m2, m1 - m2 - m3)], 2)  # B, pairs, 2, S, C

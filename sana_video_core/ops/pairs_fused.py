@@ -51,7 +51,7 @@ def pair_residual(
     batch, tokens, channels = x.shape
     size, (rows, block, warps) = tokens // frames, TUNING["residual"]
     (gate,), stride = _modulation(x, gate)
-    out, more = torch.empty_like(x), x if offset is None else offset.float().expand(batch, -1, -1).contiguous()
+    out, more = torch.empty_like(x), x if offset is None else offset.expand(batch, -1, -1).contiguous()
     with torch.cuda.device_of(x):
         _kernels().pair_residual_kernel[(-(-channels // block), -(-size // rows), batch * ((frames + 1) // 2))](
             x, y, gate, more, products, out, frames, size, gate.shape[1], stride, 1 / SCALE, C=channels, ROWS=rows,

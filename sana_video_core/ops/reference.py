@@ -51,8 +51,8 @@ def _per_frame(x: Tensor, rows: Tensor) -> Tensor:
 def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, offset: Tensor | None = None) -> Tensor:
     """LayerNorm without affine, then ``* (1 + scale) + shift``; rows are ``[B, F, C]`` (model spec 1.10).
 
-    ``offset`` ``[B, 1, C]`` float32 is added to x before (``onto.py``)."""
-    x = x if offset is None else (x + offset).to(x.dtype)
+    ``offset`` ``[B, 1, C]`` is added to x before (``onto.py``)."""
+    x = x if offset is None else x + offset
     y = _per_frame(F.layer_norm(x, x.shape[-1:], eps=eps), shift)
     return (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 

@@ -42,15 +42,21 @@ def triton_fault(device: torch.device) -> str | None:
     return None
 
 
-def _machine_refusal(device: str, triton: bool, capability: tuple[int, int]) -> str | None:
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A card's compute capability. Torch asks the driver each time, and operators are called thousands of times a second."""
+    return torch.cuda.get_device_capability(device)
+
+
+def _machine_refusal(device: torch.device, triton: bool, least: tuple[int, int]) -> str | None:
     """Reason why this machine cannot do what a backend needs on ``device``, or None."""
     if triton and (missing := triton_missing()):
         return missing
-    if not device.startswith("cuda"):
+    if device.type != "cuda":
         return None
-    if torch.cuda.get_device_capability(device) < capability:
-        return f"needs compute capability {'.'.join(map(str, capability))}"
-    return triton_fault(torch.device(device)) if triton else None
+    if capability(device) < least:
+        return f"needs compute capability {'.'.join(map(str, least))}"
+    return triton_fault(device) if triton else None
 
 
 # torch.compiler.assume_constant_result sets the same mark, but loads the whole compiler to do so.
@@ -74,7 +80,7 @@ class Constraint:
             return f"needs {' or '.join(self.devices)}, the input is on {x.device.type}"
         if x.dtype not in self.dtypes:
             return f"does not support {x.dtype}"
-        if reason := _machine_refusal(str(x.device), self.triton, self.capability):
+        if reason := _machine_refusal(x.device, self.triton, self.capability):
             return reason
         if self.inference_only and torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
@@ -107,7 +113,7 @@ class Operator:
         for name, (function, constraint) in self.backends.items():
             if self.forced not in (None, name):
                 continue
-            reason = self.faults.get((name, str(args[0].device))) or constraint.refusal(args[0], args, kwargs)
+            reason = self.faults and self.faults.get((name, str(args[0].device))) or constraint.refusal(args[0], args, kwargs)
             if reason is None:
                 return name, function, reasons
             reasons[name] = reason

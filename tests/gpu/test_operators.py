@@ -164,8 +164,8 @@ def test_outputs_added_within_their_products(case):
         args = x, y, z, weight, into, bias, gate, shift, scale, products
         truth, plain = added_afterwards(frames, *(a.double() for a in args)), added_afterwards(frames, *args)
         poison(x)
-        total, offset = fused_torch.add_product(x.clone(), y, weight, gate), gate.float() * bias.float()
-        found = (total + offset, fused_torch.shifted_product(total, offset, into, bias),
+        total, offset = fused_torch.add_product(x.clone(), y, weight, gate), gate * bias
+        found = (total.double() + offset, fused_torch.shifted_product(total, offset, into, bias),
                  fused.modulate_norm(total, shift, scale, offset=offset),
                  pairs_fused.pair_residual(total, z, gate, products, frames, offset=offset))
         for ours, theirs, right in zip(found, plain, truth):

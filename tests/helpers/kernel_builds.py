@@ -53,7 +53,7 @@ def network_calls(fused) -> None:
     x, y, weight, rows = new(1, tokens, width), new(1, tokens, width), new(width), new(1, 1, width)
     table = [new(tokens, width // heads // 2, dtype=torch.float32)] * 2
     past = Contribution(new(1, heads, 112, 112, dtype=torch.float32), new(1, heads, 1, 112, dtype=torch.float32))
-    offset = new(1, 1, width, dtype=torch.float32)
+    offset = new(1, 1, width)
     fused.modulate_norm(x, rows, rows)
     fused.modulate_norm(x, rows, rows, offset=offset)
     fused.gated_residual(x, y, rows)

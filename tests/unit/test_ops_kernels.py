@@ -31,9 +31,9 @@ def test_residuals_and_norms(seed):
     shift, scale, gate = rows.expand(batch, -1, -1, -1).unbind(2)[:3]
     close(fused.modulate_norm(x + 3, shift, scale), reference.modulate_norm(*wide(x + 3, shift, scale)))
     close(fused.modulate_norm(x, shift, scale.clone()), reference.modulate_norm(*wide(x, shift, scale)))
-    for offset in (noise(batch, 1, channels).float(), noise(1, 1, channels).float()):
+    for offset in (noise(batch, 1, channels), noise(1, 1, channels)):
         close(fused.modulate_norm(x, shift, scale, offset=offset),
-              reference.modulate_norm(*wide(x, shift, scale), offset=offset))
+              reference.modulate_norm(*wide(x, shift, scale), offset=offset.float()))
     close(fused.gated_residual(x, y, gate), reference.gated_residual(*wide(x, y, gate)))
     close(fused.gated_residual(x, y, gate, extra), reference.gated_residual(*wide(x, y, gate, extra)))
     for found, expected in zip(fused.residual_norm(x, y, shift, scale), reference.residual_norm(*wide(x, y, shift, scale))):

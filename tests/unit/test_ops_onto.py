@@ -57,12 +57,16 @@ def test_a_layer_adds_its_output(bias):
             goal = x.clone()
             offset = layers.add_onto(layer, goal, y, g)
             expected = plain(x, y, weight, b if bias else None, 1 if g is None else g)
-            torch.testing.assert_close(goal + offset, expected, rtol=1e-4, atol=1e-4)
-            assert type(goal) is torch.Tensor and offset.dtype == torch.float32 and offset.shape[1:] == (1, x.shape[-1])
-            reader = nn.Linear(x.shape[-1], 4).requires_grad_(False)
-            seen = reader(ops.Shifted.of(goal, offset))
-            assert type(seen) is torch.Tensor
-            torch.testing.assert_close(seen, reader(expected), rtol=1e-3, atol=1e-3)
+            assert type(goal) is torch.Tensor and (offset is None) == (not bias)
+            if bias:
+                assert offset.shape[1:] == (1, x.shape[-1]) and offset.data_ptr() != layer.bias.data_ptr()
+                again = layers.add_onto(layer, x.clone(), y, None, offset)
+                torch.testing.assert_close(again, offset + b)
+                reader = nn.Linear(x.shape[-1], 4).requires_grad_(False)
+                seen = reader(ops.Shifted.of(goal, offset))
+                assert type(seen) is torch.Tensor
+                torch.testing.assert_close(seen, reader(expected), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(goal + (offset if bias else 0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_card_does_is_said(on_the_cpu):
