@@ -88,9 +88,13 @@ def _multiplies(linear: nn.Module, x: Tensor) -> bool:
     weight = linear.weight
     return (
         not torch.compiler.is_compiling()
-        and type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype
-        and "forward" not in vars(linear) and not linear._forward_hooks and not linear._forward_pre_hooks
+        and type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype and _untouched(linear)
         and not (torch.is_grad_enabled() and weight.requires_grad))
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether nobody has put a hook or a forward of their own on the module."""
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def add_onto(linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None = None, offset: Tensor | None = None) -> Tensor | None:
@@ -332,9 +336,9 @@ class Block(nn.Module):
         table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
         past = None if history is None else history.tail
-        mixed, own = self.attn.mix(_modulated(self.attn.qkv, x, shift1, scale1), ctx, history)
-        offset = None
-        if self._adds_onto(x, mixed, gate1, ctx.grid[0], past):
+        normed, offset = _modulated(self.attn.qkv, x, shift1, scale1), None
+        if self._adds_onto(x, gate1, ctx.grid[0], past):
+            mixed, own = self.attn.mix(normed, ctx, history)
             x = x if spend else x.clone()
             offset = add_onto(self.attn.proj, x, mixed, gate1)
             del mixed  # its memory is wanted below
@@ -343,8 +347,9 @@ class Block(nn.Module):
             del seen
             normed = ops.modulate_norm(x, shift2, scale2, offset=offset)
         else:
-            x = ops.gated_residual(x, self.attn.proj(mixed), gate1)
-            del mixed
+            attended, own = self.attn(normed, ctx, history)
+            x = ops.gated_residual(x, attended, gate1)
+            del attended
             join = ops.residual_norm_fp8 if takes_rows(self.mlp.inverted_conv.conv, x) else ops.residual_norm
             x, normed = join(x, self.cross_attn(x, ctx), shift2, scale2)
         spatial, temporal, tail = self.mlp(normed, ctx.grid, past)
@@ -354,13 +359,14 @@ class Block(nn.Module):
             x = ops.gated_residual(x, spatial, gate2, temporal)
         return x, LayerState(own.vk, own.ksum, tail)
 
-    def _adds_onto(self, x: Tensor, mixed: Tensor, gate: Tensor, frames: int, past: Tensor | None) -> bool:
+    def _adds_onto(self, x: Tensor, gate: Tensor, frames: int, past: Tensor | None) -> bool:
         """Whether both attentions' outputs are added within their projections (``ops/onto.py``), and the end of the block takes
         what those leave out."""
         linears = self.attn.proj, self.cross_attn.q_linear, self.cross_attn.proj
         return (
             takes_pairs(self.mlp.t_conv, x, frames, past) and all(_multiplies(linear, x) for linear in linears)
-            and ops.add_product.choose(x, mixed, linears[0].weight, gate)[0] != "reference")
+            and _untouched(self.attn) and _untouched(self.cross_attn)
+            and ops.add_product.choose(x, x, linears[0].weight, gate)[0] != "reference")
 
     def contribution(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> LayerState:
         """What ``forward`` would store, computing only the last frame after the attention's sums."""

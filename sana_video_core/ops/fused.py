@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .fused_torch import has_weight, one_dtype
+from .fused_torch import softmax_attention as by_torch
 from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, Rows, e4m3_scale
 from .registry import Constraint, capability
 
@@ -19,7 +20,7 @@ KEY_TOKENS = 16  # tokens a program sums keys of
 # Programs a head, for the sums and the application of the linear attention: with 20 heads two for each of an H200's 132
 # processors. The same everywhere, so that a sum does not depend on the card; a program of sums takes a multiple of SPLIT tokens.
 PROGRAMS, SPLIT = 13, 64
-WORDS_HELD, WORDS_A_STEP = 128, 64  # text tokens that a program holds for all its tiles; that it reads at one time otherwise
+WORDS_HELD = 128  # text tokens that a program holds; longer texts are torch's, which is faster there
 # Launch settings, chosen with bench/probe.py on an H200. norm, residual, rms, row_fp8: tokens a program,
 # warps (row_fp8: at most); norm_fp8, taps_fp8: warps; taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages;
 # totals: splits, values, parts, columns, warps; apply: tokens, warps, stages; text: tokens, tiles, warps, stages;
@@ -204,20 +205,20 @@ def softmax_attention(
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     batch, tokens, channels = q.shape
     dim, kernels, out = channels // heads, _kernels("kernels_text"), torch.empty_like(q)
-    factor, weight = out, out  # not touched without a norm
+    weight, eps = (out, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
+    factor = torch.empty(tokens, device=q.device, dtype=torch.float32)  # neither is touched without a norm
     rows, tiles, warps, stages = _setting("text", q)
     with torch.cuda.device_of(q):
-        if norm is not None:
-            weight, factor = norm[0].contiguous(), torch.empty(batch, tokens, device=q.device, dtype=torch.float32)
-            kernels.query_factor_kernel[(batch * tokens,)](q, factor, batch * tokens, norm[1], **_row(channels), TOKENS=1,
-                                                              num_warps=1)
         for i, count in enumerate(lengths):
-            whole = count <= WORDS_HELD
+            if count > WORDS_HELD:
+                out[i:i + 1] = by_torch(q[i:i + 1], k[i:i + 1], v[i:i + 1], heads, None, (count,), norm)
+                continue
+            if norm is not None:
+                kernels.query_factor_kernel[(tokens,)](q[i], factor, tokens, eps, **_row(channels), TOKENS=1, num_warps=1)
             kernels.text_attention_kernel[(heads, -(-tokens // (rows * tiles)))](
-                q[i], factor[i], weight, k[i], v[i], out[i], tokens, count, k.stride(1), v.stride(1),
-                dim**-0.5 * 1.4426950408889634, OPERAND=_kernels().operand(q.dtype), HAS_NORM=norm is not None, WHOLE=whole,
-                D=dim, BLOCK_D=_block(dim), ROWS=rows, TILES=tiles, KEYS=_block(count) if whole else WORDS_A_STEP,
-                num_warps=warps, num_stages=stages)
+                q[i], factor, weight, k[i], v[i], out[i], tokens, count, k.stride(1), v.stride(1),
+                dim**-0.5 * 1.4426950408889634, OPERAND=_kernels().operand(q.dtype), HAS_NORM=norm is not None,
+                D=dim, BLOCK_D=_block(dim), ROWS=rows, TILES=tiles, KEYS=_block(count), num_warps=warps, num_stages=stages)
     return out
 
 

@@ -25,9 +25,21 @@ def _float(at, inside):
 
 
 @triton.jit
-def _residual(x, y, extra, gate, at, inside, HAS_Y: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr):
-    """``x + gate * (y + extra)`` at ``at``, with what is there; float32."""
+def _row(given, a, b, real_a, real_b, HAS: tl.constexpr, ELSE: tl.constexpr):
+    """Both parts of a row of channels, or ELSE twice."""
+    first, second = ELSE, ELSE
+    if HAS:
+        first, second = _float(given + a, real_a), _float(given + b, real_b)
+    return first, second
+
+
+@triton.jit
+def _residual(x, y, extra, gate, offset, at, inside, HAS_Y: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr,
+              HAS_OFFSET: tl.constexpr):
+    """``x + offset + gate * (y + extra)`` at ``at``, with what is there; float32."""
     value = _float(x + at, inside)
+    if HAS_OFFSET:
+        value += offset
     if HAS_Y:
         more = _float(y + at, inside)
         if HAS_EXTRA:
@@ -66,29 +78,20 @@ def residual_norm_kernel(
     a, b = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
     real_a, real_b = a < C, b < C
     place = row * row_stride
-    gate_a, gate_b = 1.0, 1.0
-    if HAS_GATE:
-        gate_a = _float(gate + place + a, real_a)
-        gate_b = _float(gate + place + b, real_b)
+    gate_a, gate_b = _row(gate + place, a, b, real_a, real_b, HAS_GATE, 1.0)
+    more_a, more_b = _row(offset + row // frames * C, a, b, real_a, real_b, HAS_OFFSET, 0.0)
     if HAS_NORM:
         gain_a, gain_b = 1.0 + _float(scale + place + a, real_a), 1.0 + _float(scale + place + b, real_b)
         offset_a, offset_b = _float(shift + place + a, real_a), _float(shift + place + b, real_b)
-    if HAS_OFFSET:
-        more_a = _float(offset + row // frames * C + a, real_a)
-        more_b = _float(offset + row // frames * C + b, real_b)
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         here = token < tokens
         start = (row * tokens + token) * C
         inside_a = real_a & here
-        value_a = _residual(x, y, extra, gate_a, start + a, inside_a, HAS_Y, HAS_EXTRA, HAS_GATE)
+        value_a = _residual(x, y, extra, gate_a, more_a, start + a, inside_a, HAS_Y, HAS_EXTRA, HAS_GATE, HAS_OFFSET)
         if REST:
             inside_b = real_b & here
-            value_b = _residual(x, y, extra, gate_b, start + b, inside_b, HAS_Y, HAS_EXTRA, HAS_GATE)
-        if HAS_OFFSET:
-            value_a += more_a
-            if REST:
-                value_b += more_b
+            value_b = _residual(x, y, extra, gate_b, more_b, start + b, inside_b, HAS_Y, HAS_EXTRA, HAS_GATE, HAS_OFFSET)
         if HAS_Y:
             tl.store(out + start + a, value_a.to(out.dtype.element_ty), mask=inside_a)
             if REST:

@@ -115,9 +115,8 @@ def test_rows_scaled_by_what_makes_them(seed):
 def test_text_attention(seed, monkeypatch):
     """Rows of several lengths, with and without a norm; keys and values that are halves of one tensor."""
     noise, batch, frames, height, width, heads, dim = draw(seed)
-    monkeypatch.setitem(fused.SMALLER, "text", (16, 2, 4, 2))  # several programs and steps at these sizes
-    monkeypatch.setattr(fused, "WORDS_HELD", 16)
-    monkeypatch.setattr(fused, "WORDS_A_STEP", 16)
+    monkeypatch.setitem(fused.SMALLER, "text", (16, 2, 4, 2))  # several programs at these sizes
+    monkeypatch.setattr(fused, "WORDS_HELD", 16)  # longer texts are torch's
     channels, words = heads * dim, random.Random(seed).choice((1, 7, 16, 40))
     q = noise(batch, frames * height * width, channels)
     q = scattered(q) if seed % 4 == 1 else q
