@@ -88,11 +88,11 @@ def _multiplies(linear: nn.Module, x: Tensor) -> bool:
     weight = linear.weight
     return (
         not torch.compiler.is_compiling()
-        and type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype and _untouched(linear)
+        and type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype and untouched(linear)
         and not (torch.is_grad_enabled() and weight.requires_grad))
 
 
-def _untouched(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """Whether nobody has put a hook or a forward of their own on the module."""
     return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
@@ -360,12 +360,13 @@ class Block(nn.Module):
         return x, LayerState(own.vk, own.ksum, tail)
 
     def _adds_onto(self, x: Tensor, gate: Tensor, frames: int, past: Tensor | None) -> bool:
-        """Whether both attentions' outputs are added within their projections (``ops/onto.py``), and the end of the block takes
-        what those leave out."""
+        """Whether both attentions' outputs are added within their projections (``ops/onto.py``), which changes tokens in their
+        place, and the end of the block takes what those leave out."""
         linears = self.attn.proj, self.cross_attn.q_linear, self.cross_attn.proj
         return (
-            takes_pairs(self.mlp.t_conv, x, frames, past) and all(_multiplies(linear, x) for linear in linears)
-            and _untouched(self.attn) and _untouched(self.cross_attn)
+            not torch.is_grad_enabled() and takes_pairs(self.mlp.t_conv, x, frames, past)
+            and all(_multiplies(linear, x) for linear in linears)
+            and untouched(self.attn) and untouched(self.cross_attn)
             and ops.add_product.choose(x, x, linears[0].weight, gate)[0] != "reference")
 
     def contribution(self, x: Tensor, ctx: Context, history: LayerState | None = None) -> LayerState:

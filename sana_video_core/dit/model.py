@@ -16,7 +16,7 @@ from ..errors import SanaVideoError
 from ..specs import ModelSpec
 from ..state import LayerState, RecurrentState, check_fits, layers_on
 from .embeddings import rope_table, time_sinusoid, unpatchify
-from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, Text, TimeEmbed, valid_lengths
+from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, Text, TimeEmbed, untouched, valid_lengths
 
 BlockHook = Callable[[int, Callable[..., Tensor], Tensor], Tensor]
 
@@ -151,18 +151,19 @@ class SanaVideoTransformer(nn.Module):
         text = caption if isinstance(caption, Text) else self._text(caption, caption_mask)
         ctx = Context(grid, rows, text.features, text.mask, cos, sin, text.lengths)
         x = self.x_embedder(latent.to(dtype))
+        own = all(untouched(block) for block in self.blocks)  # nobody keeps what goes into a block or comes out of it
         for i, block in enumerate(self.blocks):
             ctx = ctx._replace(read=text.read[i]) if text.read else ctx
             if state_only and i == len(self.blocks) - 1:
                 layers.append(block.contribution(x, ctx, history[i]))
                 return None
-            x = self._run_block(i, block, x, ctx, history[i], on_block, layers)
+            x = self._run_block(i, block, x, ctx, history[i], on_block, layers, own)
         return unpatchify(self.final_layer(x, time), grid, self.spec.patch)
 
     @staticmethod
-    def _run_block(i, block, x, ctx, history, on_block, layers) -> Tensor:
+    def _run_block(i, block, x, ctx, history, on_block, layers, own: bool) -> Tensor:
         def call(tokens: Tensor, spend: bool = False) -> Tensor:
-            out, layer = block(tokens, ctx, history, spend)
+            out, layer = block(tokens, ctx, history, spend and own)
             if layers is not None:  # the tail is a view of all frames; a state must hold the last one only
                 layers.append(layer._replace(tail=layer.tail.clone()))
             return out

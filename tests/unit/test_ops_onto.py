@@ -116,7 +116,7 @@ def test_a_network_gives_the_same_either_way(frames, batch, on_the_cpu, monkeypa
     monkeypatch.setitem(ops.OPERATORS["add_product"].backends, "torch-fused",
                         (lambda *a: taken.append(1) or real(*a), constraint))
     for backend in ("reference", None):
-        with ops.force(backend, "add_product"):
+        with ops.force(backend, "add_product"), torch.no_grad():
             _, state = model.commit(latent(3, 7, batch), y, mask)
             after = model.absorb(x, y, mask, state=state)
             found.append([model(x, times[:, 0], y, mask), *(t for layer in after.layers for t in layer)])
@@ -143,31 +143,44 @@ def test_tokens_that_a_hook_may_keep_are_left_as_they_were(on_the_cpu, monkeypat
         return out
 
     before = []
-    expected = model(x, torch.full((1,), 500.0), y, mask, on_block=lambda i, call, t: before.append(t.clone()) or call(t))
-    found = model(x, torch.full((1,), 500.0), y, mask, on_block=keep)
-    spent = model(x, torch.full((1,), 500.0), y, mask, on_block=lambda i, call, t: call(t, True))
+    args = x, torch.full((1,), 500.0), y, mask
+    with torch.no_grad():
+        expected = model(*args, on_block=lambda i, call, t: before.append(t.clone()) or call(t))
+        found = model(*args, on_block=keep)
+        spent = model(*args, on_block=lambda i, call, t: call(t, True))
+        assert torch.equal(model(*args), expected)
+        for block in model.blocks:  # torch's own hooks
+            block.register_forward_pre_hook(lambda _, given: kept.append(2 * (given[0], given[0].clone())))
+        assert torch.equal(model(*args), expected) and len(kept) == 2 * len(model.blocks)
     assert all(torch.equal(tokens, was) and torch.equal(out, gave) for tokens, was, out, gave in kept)
     assert torch.equal(found, expected) and torch.equal(spent, expected)
 
 
-@pytest.mark.parametrize("what", ["hook", "forward", "dtype", "gradient", "force"])
+def test_gradients_keep_the_plain_way(on_the_cpu):
+    """Also where only a text has them: a value that was changed in its place has none."""
+    model, (y, mask) = awake().requires_grad_(False), caption(0)
+    y = y.clone().requires_grad_()
+    model(latent(3), torch.full((1,), 500.0), y, mask).square().sum().backward()
+    assert bool(y.grad.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("what", ["hook", "forward", "dtype", "force"])
 @pytest.mark.parametrize("where", ["attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.t_conv", "attn", "cross_attn"])
 def test_layers_that_others_have_changed_keep_the_plain_way(what, where, on_the_cpu):
     block = awake().requires_grad_(False).blocks[0]
     layer, width = block.get_submodule(where), block.attn.proj.in_features
     x, gate = torch.zeros(1, 4 * width, width), torch.zeros(1, 1, width)
 
-    def adds() -> bool:
-        return block._adds_onto(x, gate, 4, None)
+    def adds(frames: int = 4) -> bool:
+        with torch.no_grad():
+            return block._adds_onto(x, gate, frames, None)
 
-    assert adds() and not block._adds_onto(x, gate, 1, None)
+    assert adds() and not adds(1) and not block._adds_onto(x, gate, 4, None)
     if what == "hook":
         layer.register_forward_hook(lambda *a: None)
     if what == "forward":
         layer.forward = lambda x: x
     if what == "dtype":
         layer.double()
-    if what == "gradient":
-        layer.requires_grad_(True)
-    with torch.enable_grad(), ops.force("reference" if what == "force" else None):
+    with ops.force("reference" if what == "force" else None):
         assert not adds()
