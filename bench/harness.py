@@ -54,6 +54,31 @@ def measure(function: Callable[[], object], warmup: int = 2, repeats: int = 7, d
     return Timing(statistics.median(times), min(times), max(times), repeats)
 
 
+def steady(function: Callable[[], object], calls: int, repeats: int, device: str, *, captured: bool = False, rest: float = 0.0,
+           ) -> Timing:
+    """Milliseconds of one call among ``calls`` of them, as inside a step, which is ahead of the card with its launches.
+
+    ``captured``: a graph of them all, so that a short one's launches are not counted either. ``rest``: seconds before each
+    measurement, because a card in a row of them slows down.
+    """
+    def several() -> None:
+        for _ in range(calls):
+            function()
+
+    run = several
+    if captured and device.startswith("cuda"):
+        function()  # kernels are built, and libraries find their memory, before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            several()
+        run = graph.replay
+    times = []
+    for _ in range(repeats):
+        time.sleep(rest if device.startswith("cuda") else 0)
+        times.append(measure(run, 1, 1, device).median / calls)
+    return Timing(statistics.median(times), min(times), max(times), repeats)
+
+
 def _once_on_gpu(function: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()

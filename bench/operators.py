@@ -9,7 +9,6 @@ first, each: the error against float32, at most twice that of the reference in b
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from sana_video_core import ops
 from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.dit.layers import add_onto
-from sana_video_core.ops import pairs, reference
+from sana_video_core.ops import reference
 
-from .harness import Report, Timing, machine, measure, relative_error
+from .harness import Report, Timing, machine, relative_error, steady
 
 BAR = 1.25
-CALLS, REST = 10, 0.15  # calls in one measurement; seconds of rest before it, because a card in a row of them slows down
+CALLS, REST = 10, 0.15  # calls in one measurement; seconds of rest before it
 SIZES = {"480p": (21, 30, 52), "longsana": (10, 30, 52), "720p_ltx2": (11, 22, 40)}
 # Microseconds of performance spec 1.2 (H200, bf16) at these sizes; rows of one operator here are added up.
 FLOORS = {
@@ -111,8 +110,6 @@ def mixing(grid: tuple[int, int, int], width: Width, noise) -> dict[str, Case]:
     time_conv = linear(c, 3 * c, noise, bias=False)
 
     def temporal() -> Tensor:
-        if ops.time_pairs.choose(u, grid[0])[0] == "reference":
-            return pairs.pair_residual(x, u, gate, pairs.products(u, grid[0], None, time_conv.weight), grid[0])
         return ops.pair_residual(x, u, gate, time_conv(ops.AlongTime.of(u, grid[0], None)), grid[0])
 
     def by_taps(x, u, gate, weight):
@@ -127,22 +124,10 @@ def mixing(grid: tuple[int, int, int], width: Width, noise) -> dict[str, Case]:
     }
 
 
-def steady(function: Callable[[], object], device: str, calls: int = CALLS, repeats: int = 5) -> Timing:
-    """Microseconds of one call among several, as inside a step: on a card without the launches, which a step does ahead."""
-    def several() -> None:
-        for _ in range(calls):
-            function()
-
-    if device != "cpu":
-        function()  # kernels are built, and libraries find their memory, before the capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            several()
-    times = []
-    for _ in range(repeats):
-        time.sleep(REST if device != "cpu" else 0)
-        times.append(measure(several if device == "cpu" else graph.replay, 1, 1, device).median / calls * 1e3)
-    return Timing(sorted(times)[repeats // 2], min(times), max(times), repeats)
+def time_of(function: Callable[[], object], device: str, calls: int, repeats: int = 5) -> Timing:
+    """Microseconds of one call."""
+    t = steady(function, calls, repeats, device, captured=True, rest=REST)
+    return Timing(t.median * 1e3, t.low * 1e3, t.high * 1e3, repeats)
 
 
 def check(report: Report, name: str, case: Case) -> None:
@@ -156,9 +141,9 @@ def check(report: Report, name: str, case: Case) -> None:
 def figures(report: Report, name: str, case: Case, device: str, calls: int) -> tuple[Timing, dict]:
     """Our time, after the check, and how much longer plain torch takes."""
     if case.plain is None:
-        return steady(case.ours, device, calls), {}
+        return time_of(case.ours, device, calls), {}
     check(report, name, case)
-    timing, plain = steady(case.ours, device, calls), steady(lambda: case.plain(*case.given), device, 1, 3)
+    timing, plain = time_of(case.ours, device, calls), time_of(lambda: case.plain(*case.given), device, 1, 3)
     return timing, {"ratio_vs_plain": plain.median / timing.median}
 
 

@@ -18,7 +18,7 @@ from sana_video_core import ops
 from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.ops import fused, fused_torch, reference
 
-from . import dit
+from . import dit, harness
 from .harness import Timing, ceilings, machine, measure, relative_error, versions
 from .profile import by_kind, device_times
 
@@ -49,14 +49,8 @@ def show(name: str, timing: Timing, moved: float = 0.0) -> None:
     print(f"  {name:46s} {timing.median:9.4f} ms  (low {timing.low:.4f}) {rate}", flush=True)
 
 
-def steady(function, warmup: int = 2, repeats: int = 5) -> Timing:
-    """Time of one call among several queued ones: what it takes inside a step, without the wait for its launch."""
-    def several() -> None:
-        for _ in range(CALLS):
-            function()
-
-    t = measure(several, warmup, repeats)
-    return Timing(t.median / CALLS, t.low / CALLS, t.high / CALLS, repeats)
+def steady(function, repeats: int = 5) -> Timing:
+    return harness.steady(function, CALLS, repeats, DEVICE)
 
 
 def part(title: str, function) -> None:
@@ -106,7 +100,7 @@ def tune(name: str, call, moved: float = 0.0, expected: torch.Tensor | None = No
         fused.TUNING[name] = setting
         try:
             error = "" if expected is None else f"  error {relative_error(first(call()), expected):.2e}"
-            timing = steady(call, 1, 4)
+            timing = steady(call, 4)
         except Exception as failure:  # a setting that does not fit this card
             print(f"  {name} {setting}: {str(failure)[:100]}")
             continue
@@ -194,7 +188,7 @@ def fp8() -> None:
                 def product(a=a, b=b, scales=scales, fast=fast) -> torch.Tensor:
                     return torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
-                timing = steady(product, 2, 4)
+                timing = steady(product, 4)
                 print(f"  {name}, {how}{', fast sums' * fast}: {timing.median:.3f} ms  "
                       f"{2 * tokens * out * inner / timing.median / 1e9:.0f} TFLOP/s", flush=True)
 

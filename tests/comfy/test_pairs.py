@@ -3,31 +3,39 @@ ComfyUI's layers, which bring and change their weights themselves."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from comfygraphs import relative
+from kernelcases import as_on_a_card
 from test_lowbit import load, pass_of, tiny
 
 import inprocess as ip
 
 
-@pytest.fixture
-def by_pairs(world, monkeypatch):
-    """A list of the calls, after ``by_pairs(True)`` as on a card."""
-    operators, pairs = ip.pack_module("sana_video_core.ops").OPERATORS, ip.pack_module("sana_video_core.ops.pairs")
-    calls, plain = [], {name: operators[name].backends["triton"] for name in ("time_pairs", "pair_weights", "pair_residual")}
+def switcher(monkeypatch, backend: str, names: tuple[str, ...], **changes):
+    """``switch(on)`` has the CPU pass for a card with those operators, or not, and gives a list of their calls from then on."""
+    operators, calls = ip.pack_module("sana_video_core.ops").OPERATORS, []
+    plain = {name: operators[name].backends[backend] for name in names}
+
+    def counted(name: str):
+        # Triton's own need its interpreter: their references stand for them
+        function = operators[name].reference if backend == "triton" else plain[name][0]
+        return lambda *a, **k: (calls.append(name), function(*a, **k))[1]
 
     def switch(on: bool) -> list[str]:
-        for name, (function, constraint) in plain.items():
-            here = dataclasses.replace(constraint, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16), triton=False)
-            counted = lambda *a, n=name, **k: (calls.append(n), getattr(pairs, n)(*a, **k))[1]  # noqa: E731
-            monkeypatch.setitem(operators[name].backends, "triton", (counted, here) if on else (function, constraint))
+        for name in names:
+            monkeypatch.setitem(operators[name].backends, backend, plain[name])
+        if on:
+            as_on_a_card(monkeypatch, operators, backend, {name: counted(name) for name in names}, **changes)
         calls.clear()
         return calls
 
     return switch
+
+
+@pytest.fixture
+def by_pairs(world, monkeypatch):
+    return switcher(monkeypatch, "triton", ("time_pairs", "pair_weights", "pair_residual"))
 
 
 @pytest.mark.parametrize("how", ["as loaded", "cast on use", "cast, LoRA on use", "offloaded dtype"])
@@ -56,20 +64,9 @@ def test_quantised_layers_keep_their_three_neighbours(world, by_pairs, precision
 
 @pytest.fixture
 def adding(by_pairs, monkeypatch):
-    """A list of the calls of the two operators that add within a product, after ``adding(True)`` as on a card."""
-    operators = ip.pack_module("sana_video_core.ops").OPERATORS
-    calls, plain = [], {name: operators[name].backends["torch-fused"] for name in ("add_product", "shifted_product")}
-
-    def switch(on: bool) -> list[str]:
-        by_pairs(True)
-        for name, (function, constraint) in plain.items():
-            here = dataclasses.replace(constraint, devices=("cpu",), check=None)  # also for few tokens
-            counted = lambda *a, n=name, f=function: (calls.append(n), f(*a))[1]  # noqa: E731
-            monkeypatch.setitem(operators[name].backends, "torch-fused", (counted, here) if on else (function, constraint))
-        calls.clear()
-        return calls
-
-    return switch
+    """Both operators that add within a product, on top of the pairs; also for few tokens."""
+    by_pairs(True)
+    return switcher(monkeypatch, "torch-fused", ("add_product", "shifted_product"), check=None)
 
 
 @pytest.mark.parametrize("how", ["as loaded", "cast on use", "cast, LoRA on use", "offloaded dtype"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -16,6 +17,30 @@ def poisoned_memory(monkeypatch):
     real = {"empty": torch.empty, "empty_like": torch.empty_like}
     for name, function in real.items():
         monkeypatch.setattr(torch, name, lambda *a, f=function, **k: f(*a, **k).fill_(float("nan")))
+
+
+def as_on_a_card(monkeypatch, operators, backend: str, functions: dict, **changes) -> None:
+    """Let the CPU pass for a card with ``backend`` of some operators: {name: a function in its backend's place, or None}.
+    ``changes`` to what they declare."""
+    for name, function in functions.items():
+        own, constraint = operators[name].backends[backend]
+        here = dataclasses.replace(constraint, **{"devices": ("cpu",), "dtypes": (torch.float32, torch.bfloat16), "triton": False}
+                                   | changes)
+        monkeypatch.setitem(operators[name].backends, backend, (function or own, here))
+
+
+def tamper(layer: torch.nn.Module, what: str) -> None:
+    """What others do to a layer: 'hook', 'pre-hook', 'forward', 'dtype', 'gradient'; anything else leaves it alone."""
+    if what == "hook":
+        layer.register_forward_hook(lambda *a: None)
+    if what == "pre-hook":
+        layer.register_forward_pre_hook(lambda *a: None)
+    if what == "forward":
+        layer.forward = lambda x: x
+    if what == "dtype":
+        layer.double()
+    if what == "gradient":
+        layer.requires_grad_(True)
 
 
 def draw(seed: int):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import torch
-from kernelcases import CASES, draw
+from kernelcases import CASES, as_on_a_card, draw, tamper
 from torch import nn
 
 from longvideo import caption, latent, tiny_model
@@ -69,32 +68,37 @@ def test_a_layer_adds_its_output(bias):
             torch.testing.assert_close(goal + (offset if bias else 0), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_card_does_is_said(on_the_cpu):
+def test_a_card_says_what_it_does_not_add():
     x, y, weight, _, gate = arguments(3)
-    few, several = x[:, :1], gate.expand(-1, 2, -1)
-    refused = [ops.add_product.choose(few, y[:, :1], weight, gate), ops.add_product.choose(x, y, weight, several)]
-    assert all(name == "reference" for name, _, _ in refused)
-    assert "as many as channels" in refused[0][2]["torch-fused"] and "one gate" in refused[1][2]["torch-fused"]
-    with torch.enable_grad():
-        assert "backward" in ops.add_product.choose(x.requires_grad_(), y, weight, gate)[2]["torch-fused"]
+    assert "as many as channels" in fused_torch.worth_adding(x[:, :1], y[:, :1], weight, gate)
+    many = x.repeat(1, 40, 1)
+    assert many.shape[1] >= len(weight) and fused_torch.worth_adding(many, many, weight, gate) is None
+    assert "one gate" in fused_torch.worth_adding(many, many, weight, gate.expand(-1, 2, -1))
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """As if the CPU were a card with these operators."""
-    for name in ("time_pairs", "pair_weights", "pair_residual"):
-        backends = ops.OPERATORS[name].backends
-        here = dataclasses.replace(backends["triton"][1], devices=("cpu",), dtypes=(torch.float32, torch.bfloat16), triton=False)
-        monkeypatch.setitem(backends, "triton", (getattr(pairs, name), here))
-    for name in ("add_product", "shifted_product"):
-        backends = ops.OPERATORS[name].backends
-        function, constraint = backends["torch-fused"]
-        monkeypatch.setitem(backends, "torch-fused", (function, dataclasses.replace(constraint, devices=("cpu",))))
+    """As if the CPU were a card with these operators, and few tokens worth it; a list of the calls."""
+    calls = []
+
+    def counted(*args):
+        calls.append(1)
+        return fused_torch.add_product(*args)
+
+    as_on_a_card(monkeypatch, ops.OPERATORS, "triton", {name: getattr(pairs, name) for name in (
+        "time_pairs", "pair_weights", "pair_residual")})
+    as_on_a_card(monkeypatch, ops.OPERATORS, "torch-fused", {"shifted_product": None})
+    as_on_a_card(monkeypatch, ops.OPERATORS, "torch-fused", {"add_product": counted}, check=one_gate)
+    return calls
+
+
+def one_gate(x, y, weight, gate=None) -> str | None:
+    return "a gate a frame" if gate is not None and gate.shape[1] > 1 else None
 
 
 def awake(seed: int = 5):
     """A small network whose attentions have biases and gates that matter."""
-    model = copy.deepcopy(tiny_model())  # it is shared
+    model = copy.deepcopy(tiny_model()).requires_grad_(False)  # it is shared
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in model.blocks:
@@ -105,37 +109,24 @@ def awake(seed: int = 5):
 
 
 @pytest.mark.parametrize(("frames", "batch"), [(2, 2), (3, 1), (4, 2), (5, 1)])
-def test_a_network_gives_the_same_either_way(frames, batch, on_the_cpu, monkeypatch):
+def test_a_network_gives_the_same_either_way(frames, batch, on_the_cpu):
     """Clips and blocks with a history, one time for all frames (and one a frame, which keeps the plain way), and the state."""
     model, x, (y, mask) = awake(), latent(frames, batch=batch), caption(0, batch=batch)
-    model.requires_grad_(False)
-    times, found, taken = torch.linspace(100, 900, batch * frames).view(batch, frames), [], []
-    real = fused_torch.add_product
-    constraint = ops.OPERATORS["add_product"].backends["torch-fused"][1]
-    constraint = dataclasses.replace(constraint, check=few_tokens_too)
-    monkeypatch.setitem(ops.OPERATORS["add_product"].backends, "torch-fused",
-                        (lambda *a: taken.append(1) or real(*a), constraint))
+    times, found = torch.linspace(100, 900, batch * frames).view(batch, frames), []
     for backend in ("reference", None):
         with ops.force(backend, "add_product"), torch.no_grad():
             _, state = model.commit(latent(3, 7, batch), y, mask)
             after = model.absorb(x, y, mask, state=state)
             found.append([model(x, times[:, 0], y, mask), *(t for layer in after.layers for t in layer)])
-            before = len(taken)
+            before = len(on_the_cpu)
             found[-1].append(model(x, times, y, mask, state=state))
-            assert len(taken) == before  # a gate a frame
-        assert bool(taken) == (backend is None)
+            assert len(on_the_cpu) == before  # a gate a frame
+        assert bool(on_the_cpu) == (backend is None)
     assert all(float((a - b).norm() / a.norm()) < 1e-5 for a, b in zip(*found, strict=True))
 
 
-def few_tokens_too(x, y, weight, gate=None) -> str | None:
-    return "a gate a frame" if gate is not None and gate.shape[1] > 1 else None
-
-
-def test_tokens_that_a_hook_may_keep_are_left_as_they_were(on_the_cpu, monkeypatch):
-    function, constraint = ops.OPERATORS["add_product"].backends["torch-fused"]
-    monkeypatch.setitem(ops.OPERATORS["add_product"].backends, "torch-fused",
-                        (function, dataclasses.replace(constraint, check=None)))
-    model, x, (y, mask), kept = awake().requires_grad_(False), latent(3), caption(0), []
+def test_tokens_that_a_hook_may_keep_are_left_as_they_were(on_the_cpu):
+    model, x, (y, mask), kept = awake(), latent(3), caption(0), []
 
     def keep(index, call, tokens):
         out = call(tokens)
@@ -153,21 +144,21 @@ def test_tokens_that_a_hook_may_keep_are_left_as_they_were(on_the_cpu, monkeypat
             block.register_forward_pre_hook(lambda _, given: kept.append(2 * (given[0], given[0].clone())))
         assert torch.equal(model(*args), expected) and len(kept) == 2 * len(model.blocks)
     assert all(torch.equal(tokens, was) and torch.equal(out, gave) for tokens, was, out, gave in kept)
-    assert torch.equal(found, expected) and torch.equal(spent, expected)
+    assert torch.equal(found, expected) and torch.equal(spent, expected) and on_the_cpu
 
 
 def test_gradients_keep_the_plain_way(on_the_cpu):
     """Also where only a text has them: a value that was changed in its place has none."""
-    model, (y, mask) = awake().requires_grad_(False), caption(0)
+    model, (y, mask) = awake(), caption(0)
     y = y.clone().requires_grad_()
     model(latent(3), torch.full((1,), 500.0), y, mask).square().sum().backward()
-    assert bool(y.grad.abs().sum() > 0)
+    assert bool(y.grad.abs().sum() > 0) and not on_the_cpu
 
 
 @pytest.mark.parametrize("what", ["hook", "forward", "dtype", "force"])
 @pytest.mark.parametrize("where", ["attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.t_conv", "attn", "cross_attn"])
 def test_layers_that_others_have_changed_keep_the_plain_way(what, where, on_the_cpu):
-    block = awake().requires_grad_(False).blocks[0]
+    block = awake().blocks[0]
     layer, width = block.get_submodule(where), block.attn.proj.in_features
     x, gate = torch.zeros(1, 4 * width, width), torch.zeros(1, 1, width)
 
@@ -176,11 +167,6 @@ def test_layers_that_others_have_changed_keep_the_plain_way(what, where, on_the_
             return block._adds_onto(x, gate, frames, None)
 
     assert adds() and not adds(1) and not block._adds_onto(x, gate, 4, None)
-    if what == "hook":
-        layer.register_forward_hook(lambda *a: None)
-    if what == "forward":
-        layer.forward = lambda x: x
-    if what == "dtype":
-        layer.double()
+    tamper(layer, what)
     with ops.force("reference" if what == "force" else None):
         assert not adds()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
-from kernelcases import CASES, close, draw, poisoned_memory, scattered, wide  # noqa: F401  (a fixture)
+from kernelcases import CASES, as_on_a_card, close, draw, poisoned_memory, scattered, tamper, wide  # noqa: F401  (a fixture)
 from torch import nn
 
 from longvideo import caption, latent, tiny_model
 from sana_video_core import ops
 from sana_video_core.dit import layers
 from sana_video_core.ops import pairs, pairs_fused, reference
+
+PAIRS = pairs.time_pairs, pairs.pair_weights, pairs.pair_residual
 
 
 def arguments(seed: int, double: bool = False):
@@ -84,12 +84,7 @@ def test_values_of_half_a_million_fit():
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """As if the CPU were a card with these operators."""
-    for name in ("time_pairs", "pair_weights", "pair_residual"):
-        backends = ops.OPERATORS[name].backends
-        _, constraint = backends["triton"]
-        here = dataclasses.replace(constraint, devices=("cpu",), dtypes=(torch.float32, torch.bfloat16), triton=False)
-        monkeypatch.setitem(backends, "triton", (getattr(pairs, name), here))
+    as_on_a_card(monkeypatch, ops.OPERATORS, "triton", {f.__name__: f for f in PAIRS})
 
 
 @pytest.mark.parametrize(("frames", "batch"), [(1, 1), (2, 2), (3, 1), (4, 2), (5, 1)])
@@ -128,16 +123,7 @@ def test_other_work_on_such_an_input_is_that_of_a_tensor():
 def test_layers_that_others_have_changed_keep_the_plain_way(what, on_the_cpu, monkeypatch):
     layer, u = nn.Linear(6, 2, bias=False).requires_grad_(False), torch.zeros(1, 4, 2)
     assert layers.takes_pairs(layer, u, 2, None)
-    if what == "hook":
-        layer.register_forward_hook(lambda *a: None)
-    if what == "pre-hook":
-        layer.register_forward_pre_hook(lambda *a: None)
-    if what == "forward":
-        layer.forward = lambda x: x
-    if what == "dtype":
-        layer.bfloat16()
-    if what == "gradient":
-        layer.requires_grad_(True)
+    tamper(layer, what)
     if what == "cpu":
         monkeypatch.undo()
     with torch.enable_grad(), ops.force("reference" if what == "force" else None):
