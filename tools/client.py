@@ -87,6 +87,17 @@ class Client:
                     return Outcome(event.type, seen, event.data, self.history(prompt_id))
         raise RunError(f"The prompt did not end within {timeout:g} s.")
 
+    def free(self) -> None:
+        """Unload the models and forget all results; returns when that has happened.
+
+        The server only notes the wish, and looks at its notes after a prompt: one that comes at once can still run before. So a
+        prompt is run here, behind which there is nothing left to do.
+        """
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        outcome = self.run({"1": {"class_type": "PreviewAny", "inputs": {"source": "nothing"}}})
+        if not outcome.ok:
+            raise RunError(f"A prompt without work ended with {outcome.ending}: {outcome.error}")
+
     def history(self, prompt_id: str, timeout: float = 10) -> dict:
         """The history entry of a prompt; it appears a moment after the last event."""
         deadline = time.monotonic() + timeout

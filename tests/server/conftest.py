@@ -41,7 +41,7 @@ def server(started):
 @pytest.fixture
 def fresh(server):
     """The server with empty caches."""
-    server.client.post("/free", {"unload_models": True, "free_memory": True})
+    server.client.free()
     return server
 
 

@@ -44,10 +44,6 @@ def latent(server, prompt: dict, **options) -> torch.Tensor:
     return saved_latent(server, run(server, prompt, **options))
 
 
-def free(server) -> None:
-    server.client.post("/free", {"unload_models": True, "free_memory": True})
-
-
 def test_a_new_seed_in_the_third_part_of_the_chain_runs_only_what_follows(own):
     chain = lp.shrunk(own.client, "long_video_chain", "seed")
     third = lp.only(chain, "SanaVideoBlockSampler", "3")
@@ -64,7 +60,7 @@ def test_a_new_seed_in_the_third_part_of_the_chain_runs_only_what_follows(own):
     assert lp.executed(after) == follows and lp.cached(after) == set(chain) - follows
     old, new = saved_latent(own, before), saved_latent(own, after)
     assert torch.equal(old[:, :, :9], new[:, :, :9]) and not torch.equal(old[:, :, 9:], new[:, :, 9:])
-    free(own)
+    own.client.free()
     assert torch.equal(latent(own, changed), new), "a run from nothing gives what the cache gave"
 
 
@@ -95,10 +91,10 @@ def test_a_node_that_writes_into_a_state_cannot_change_it_for_others(own):
     def writer(way: str) -> dict:
         return ip.node("StateWriter", state=("4", 1), way=way)
 
-    free(own)
+    own.client.free()
     expected = {seed: latent(own, prompt(seed)) for seed in (2, 3)}
     assert not torch.equal(expected[2], expected[3])
-    free(own)
+    own.client.free()
     run(own, prompt(2))
     for way in state_writer.WAYS:
         outcome = own.client.run(prompt(2, n7=writer(way)))

@@ -62,7 +62,7 @@ def test_an_unchanged_prompt_is_not_run_again_and_a_new_seed_runs_the_sampler_on
 
 def test_the_same_seed_gives_the_same_video_after_everything_was_unloaded(fresh, latent_of):
     first = fresh.client.run(tinyfiles.prompt())
-    fresh.client.post("/free", {"unload_models": True, "free_memory": True})
+    fresh.client.free()
     second = fresh.client.run(tinyfiles.prompt())
     assert "4" not in second.of("execution_cached")[0].data["nodes"]
     assert torch.equal(latent_of(first), latent_of(second))
@@ -94,7 +94,7 @@ def test_interrupt_stops_within_a_step_and_the_next_run_is_identical(fresh, late
     assert stopped.ending == "execution_interrupted" and stopped.data["node_id"] == "4"
     last = max(e.data["value"] for e in stopped.of("progress") if e.data["node"] == "4")
     assert interrupted_at and last <= interrupted_at[0] + 1
-    fresh.client.post("/free", {"unload_models": True, "free_memory": True})
+    fresh.client.free()
     again = fresh.client.run(slow(1))
     assert again.ok and torch.equal(latent_of(reference), latent_of(again))
 
@@ -127,5 +127,5 @@ def test_prompts_of_two_users_wait_for_each_other(fresh, latent_of):
         thread.join(120)
     assert results[11].ok and results[12].ok
     for seed in (11, 12):
-        fresh.client.post("/free", {"unload_models": True, "free_memory": True})
+        fresh.client.free()
         assert torch.equal(latent_of(results[seed]), latent_of(fresh.client.run(tinyfiles.prompt(seed=seed))))
