@@ -35,7 +35,7 @@ SETTINGS = {
     "keys": [(4,), (2,), (1,), (8,)],
     "text": [(64, 8, 4, 2), (64, 16, 4, 2), (64, 4, 4, 2), (128, 4, 8, 2), (128, 8, 8, 2), (64, 8, 4, 3), (64, 8, 8, 2),
              (128, 8, 4, 2)],
-    "norm_fp8": [(1,), (2,), (4,)], "taps_fp8": [(4,), (2,), (8,), (1,)],
+    "norm_fp8": [(1,), (2,), (4,)], "residual_fp8": [(4,), (2,), (1,), (8,)], "taps_fp8": [(4,), (2,), (8,), (1,)],
     "state": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (32, 4, 4), (128, 8, 3), (128, 4, 2)],
     "row_fp8": [(1, 8), (2, 8), (4, 8), (1, 4), (1, 16)],
     "fp8": [(2048, 8, 4), (1024, 8, 4), (4096, 8, 8), (2048, 32, 4), (2048, 2, 4)],
@@ -177,8 +177,8 @@ def fp8() -> None:
     narrow = rand(1, tokens, C)
     show("row_fp8 of a narrow tensor", steady(lambda: fused.row_fp8(narrow)), 1.5 * narrow.nbytes)
     rows = rand(1, 1, 6, C).unbind(2)[:2]
-    tune("norm_fp8", lambda: fused.residual_norm_fp8(narrow, narrow, *rows), 3.5 * narrow.nbytes)
-    show("modulate_norm_fp8", steady(lambda: fused.modulate_norm_fp8(narrow, *rows)), 1.5 * narrow.nbytes)
+    tune("residual_fp8", lambda: fused.residual_norm_fp8(narrow, narrow, *rows), 3.5 * narrow.nbytes)
+    tune("norm_fp8", lambda: fused.modulate_norm_fp8(narrow, *rows), 1.5 * narrow.nbytes)
     tune("taps_fp8", lambda: fused.temporal_taps_fp8(narrow, FRAMES), 2.5 * narrow.nbytes)
     for name, out, inner in (("qkv", 3 * C, C), ("proj", C, C), ("up", 2 * HIDDEN, C), ("down", C, HIDDEN), ("time", C, 3 * C)):
         (a, s), (b, t) = fused.scaled_fp8(rand(tokens, inner)), fused.scaled_fp8(rand(out, inner, scale=inner**-0.5))

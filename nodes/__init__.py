@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .block_sampler import SanaVideoBlockSampler
+from .calibrate import SanaVideoCalibrate
 from .decode import SanaVideoDecode
 from .first_frame import SanaVideoFirstFrame
 from .latent import SanaVideoEmptyLatent
@@ -31,6 +32,7 @@ NODES = [
     SanaVideoStateSave,
     SanaVideoStateLoad,
     SanaVideoPrefillState,
+    SanaVideoCalibrate,
 ]
 
 __all__ = ["NODES"]

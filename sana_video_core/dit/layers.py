@@ -76,6 +76,14 @@ def takes_rows(linear: nn.Module, x: Tensor) -> bool:
     return wants is not None and wants(x)
 
 
+def scale_of(linear: nn.Module, x: Tensor) -> Tensor | None:
+    """The scale ``[]`` at which a linear that :func:`takes_rows` wants all of them; None: each at its own, or no rows at all.
+
+    What cannot see a whole row makes rows only at such a scale. A method ``input_scale_of`` of the layer's class gives it.
+    """
+    return linear.input_scale_of(x) if takes_rows(linear, x) else None
+
+
 def takes_pairs(linear: nn.Module, u: Tensor, frames: int, tail: Tensor | None) -> bool:
     """Whether ``linear``, a temporal convolution, is multiplied for two frames at a time (``ops/pairs.py``): on a card, where
     there is a second frame."""
@@ -107,7 +115,9 @@ def add_onto(linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None = None
 
 def _modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | ops.Rows:
     """``ops.modulate_norm`` in the form that ``linear`` reads."""
-    return (ops.modulate_norm_fp8 if takes_rows(linear, x) else ops.modulate_norm)(x, shift, scale)
+    if takes_rows(linear, x):
+        return ops.modulate_norm_fp8(x, shift, scale, given=linear.input_scale_of(x))
+    return ops.modulate_norm(x, shift, scale)
 
 
 def _here(p: Tensor, x: Tensor) -> Tensor:
@@ -203,14 +213,16 @@ class LinearAttention(nn.Module):
 
     def mix(
         self, x: Tensor | ops.Rows, ctx: Context, history: LayerState | None, last: int = 0,
-    ) -> tuple[Tensor, ops.Contribution]:
-        """As ``forward``, before the output projection."""
+    ) -> tuple[Tensor | ops.Rows, ops.Contribution]:
+        """As ``forward``, before the output projection, in the form that this reads."""
         past = None if history is None else ops.Contribution(history.vk, history.ksum)
         qkv = self.qkv(x)
         out, own = ops.linear_attention(
             qkv, _here(self.q_norm.weight, qkv), _here(self.k_norm.weight, qkv), ctx.cos, ctx.sin, self.heads, past,
-            parity=self.parity, eps=self.eps,
+            parity=self.parity, eps=self.eps, given=scale_of(self.proj, qkv),
         )
+        if isinstance(out, ops.Rows):
+            return ops.Rows(out.values[:, -last:], out.scale), own
         out = out[:, -last:]  # [-0:] is everything
         return _official_layout(out) if self.parity else out, own
 
@@ -232,14 +244,15 @@ class CrossAttention(nn.Module):
         k, v = self.kv_linear(text).chunk(2, -1)
         return self.k_norm(k), v
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.proj(self.mix(_official_layout(x) if self.parity else x, ctx))
+    def forward(self, x: Tensor | ops.Rows, ctx: Context) -> Tensor:
+        return self.proj(self.mix(_official_layout(x) if self.parity and isinstance(x, Tensor) else x, ctx))
 
-    def mix(self, x: Tensor, ctx: Context) -> Tensor:
-        """As ``forward``, before the output projection."""
+    def mix(self, x: Tensor | ops.Rows, ctx: Context) -> Tensor | ops.Rows:
+        """As ``forward``, before the output projection, in the form that this reads."""
         k, v = self.read(ctx.text) if ctx.read is None else ctx.read
-        norm = _here(self.q_norm.weight, x), self.q_norm.eps
-        return ops.softmax_attention(self.q_linear(x), k, v, self.heads, ctx.mask, ctx.lengths, norm)
+        q = self.q_linear(x)
+        norm = _here(self.q_norm.weight, q), self.q_norm.eps
+        return ops.softmax_attention(q, k, v, self.heads, ctx.mask, ctx.lengths, norm, given=scale_of(self.proj, q))
 
 
 class _Conv(nn.Module):
@@ -256,9 +269,11 @@ class _Conv(nn.Module):
 class _DepthwiseGate(nn.Conv2d):
     """Holds the depthwise weight; called through ``ops.gated_depthwise``, so that a fused kernel can take its place."""
 
-    def forward(self, x: Tensor, grid: tuple[int, int], out: Tensor | None = None) -> Tensor:
-        bias = None if self.bias is None else _here(self.bias, x).to(x.dtype)
-        return ops.gated_depthwise(x, _here(self.weight, x).to(x.dtype), bias, grid, not torch.is_grad_enabled(), out)
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], out: Tensor | None = None, given: Tensor | None = None,
+    ) -> Tensor | ops.Rows:
+        bias, weight = None if self.bias is None else _here(self.bias, x).to(x.dtype), _here(self.weight, x).to(x.dtype)
+        return ops.gated_depthwise(x, weight, bias, grid, not torch.is_grad_enabled(), out, given=given)
 
 
 class MixFFN(nn.Module):
@@ -284,18 +299,21 @@ class MixFFN(nn.Module):
         frames = values.shape[0] * values.shape[1] // frame
         frame_bytes = frame * 2 * hidden * max(2, values.element_size())
         if 2 * frames * frame_bytes <= 3 * FFN_PASS_BYTES or torch.is_grad_enabled():
-            return self.point_conv(self.depth_conv.conv(self.inverted_conv(x), grid))
+            wide = self.inverted_conv(x)
+            return self.point_conv(self.depth_conv.conv(wide, grid, given=scale_of(self.point_conv.conv, wide)))
         passes = -(-frames // max(1, FFN_PASS_BYTES // frame_bytes))
         size = -(-frames // passes) * frame
         gated = None
         for start, piece in enumerate(_pieces(x, size)):
             wide = self.inverted_conv(piece)
             if gated is None:
-                gated = wide.new_empty(values.shape[0], values.shape[1], hidden)
+                given = scale_of(self.point_conv.conv, wide)
+                kind = wide.dtype if given is None else torch.float8_e4m3fn
+                gated = wide.new_empty(values.shape[0], values.shape[1], hidden, dtype=kind)
             goal = gated.view(1, -1, hidden)[:, start * size:(start + 1) * size]
-            self.depth_conv.conv(wide, grid, goal)
+            self.depth_conv.conv(wide, grid, goal, given)
             del wide  # before the next one is made
-        return self.point_conv(gated)
+        return self.point_conv(gated if given is None else ops.Rows(gated, given))
 
     def forward(
         self, x: Tensor | ops.Rows, grid: tuple[int, int, int], tail: Tensor | None,
@@ -307,15 +325,19 @@ class MixFFN(nn.Module):
         u = self.spatial(x, grid[1:])
         if takes_pairs(self.t_conv, u, grid[0], tail):
             return u, self.t_conv(ops.AlongTime.of(u, grid[0], tail)), u.unflatten(1, (grid[0], -1))[:, -1:]
-        gather = ops.temporal_taps_fp8 if takes_rows(self.t_conv, u) else ops.temporal_taps
-        taps, own_tail = gather(u, grid[0], tail)
+        if takes_rows(self.t_conv, u):
+            taps, own_tail = ops.temporal_taps_fp8(u, grid[0], tail, given=self.t_conv.input_scale_of(u))
+        else:
+            taps, own_tail = ops.temporal_taps(u, grid[0], tail)
         return u, self.t_conv(taps), own_tail
 
 
 def _pieces(x: Tensor | ops.Rows, size: int) -> list[Tensor] | list[ops.Rows]:
     """Tokens of all rows one after the other, ``size`` at a time."""
     if isinstance(x, ops.Rows):
-        return [ops.Rows(*parts) for parts in zip(*(_pieces(t, size) for t in x))]
+        values = _pieces(x.values, size)
+        scales = _pieces(x.scale, size) if x.scale.ndim else [x.scale] * len(values)
+        return [ops.Rows(*parts) for parts in zip(values, scales)]
     return list(x.reshape(1, -1, x.shape[-1]).split(size, 1))
 
 
@@ -348,16 +370,29 @@ class Block(nn.Module):
             normed = ops.modulate_norm(x, shift2, scale2, offset=offset)
         else:
             attended, own = self.attn(normed, ctx, history)
-            x = ops.gated_residual(x, attended, gate1)
+            x, normed = self._attend_and_norm(x, attended, ctx, gate1, shift2, scale2)
             del attended
-            join = ops.residual_norm_fp8 if takes_rows(self.mlp.inverted_conv.conv, x) else ops.residual_norm
-            x, normed = join(x, self.cross_attn(x, ctx), shift2, scale2)
         spatial, temporal, tail = self.mlp(normed, ctx.grid, past)
         if temporal.ndim == 4:
             x = ops.pair_residual(x, spatial, gate2, temporal, ctx.grid[0], offset=offset)
         else:
             x = ops.gated_residual(x, spatial, gate2, temporal)
         return x, LayerState(own.vk, own.ksum, tail)
+
+    def _attend_and_norm(
+        self, x: Tensor, attended: Tensor, ctx: Context, gate: Tensor, shift: Tensor, scale: Tensor,
+    ) -> tuple[Tensor, Tensor | ops.Rows]:
+        """The tokens after both attentions, and their norm for the feed-forward layers."""
+        queries, up = self.cross_attn.q_linear, self.mlp.inverted_conv.conv
+        given = scale_of(queries, x)
+        if given is None:
+            x = asking = ops.gated_residual(x, attended, gate)
+        else:
+            x, asking = ops.gated_residual_fp8(x, attended, gate, given=given)
+        seen = self.cross_attn(asking, ctx)
+        if takes_rows(up, x):
+            return ops.residual_norm_fp8(x, seen, shift, scale, given=up.input_scale_of(x))
+        return ops.residual_norm(x, seen, shift, scale)
 
     def _adds_onto(self, x: Tensor, gate: Tensor, frames: int, past: Tensor | None) -> bool:
         """Whether both attentions' outputs are added within their projections (``ops/onto.py``), which changes tokens in their

@@ -21,8 +21,10 @@ add_product = operator(onto.add_product)
 shifted_product = operator(onto.shifted_product)
 row_fp8 = operator(reference.row_fp8)
 scaled_fp8 = operator(reference.scaled_fp8)
+given_fp8 = operator(reference.given_fp8)
 modulate_norm_fp8 = operator(reference.modulate_norm_fp8)
 residual_norm_fp8 = operator(reference.residual_norm_fp8)
+gated_residual_fp8 = operator(reference.gated_residual_fp8)
 temporal_taps_fp8 = operator(reference.temporal_taps_fp8)
 open_window = operator(frames.open_window)
 open_pairs = operator(frames.open_pairs)
@@ -43,8 +45,9 @@ frames_cpu.register(OPERATORS)
 
 __all__ = [
     "OPERATORS", "AlongTime", "Constraint", "Contribution", "Onto", "Operator", "Rows", "Shifted", "add_product", "causal_step",
-    "force", "frame_attention", "frame_weights", "gated_depthwise", "gated_residual", "linear_attention", "modulate_norm",
-    "modulate_norm_fp8", "open_pairs", "open_window", "operator", "pair_conv", "pair_residual", "pair_weights", "pixel_conv",
-    "report", "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8", "scaled_fp8", "shifted_product", "softmax_attention",
-    "temporal_taps", "temporal_taps_fp8", "time_double", "time_pairs", "upsample_conv",
+    "force", "frame_attention", "frame_weights", "gated_depthwise", "gated_residual", "gated_residual_fp8", "given_fp8",
+    "linear_attention", "modulate_norm", "modulate_norm_fp8", "open_pairs", "open_window", "operator", "pair_conv",
+    "pair_residual", "pair_weights", "pixel_conv", "report", "residual_norm", "residual_norm_fp8", "rms_norm", "row_fp8",
+    "scaled_fp8", "shifted_product", "softmax_attention", "temporal_taps", "temporal_taps_fp8", "time_double", "time_pairs",
+    "upsample_conv",
 ]

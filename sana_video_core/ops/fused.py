@@ -16,19 +16,21 @@ from .fused_torch import softmax_attention as by_torch
 from .reference import ATTENTION_EPS, E4M3_LEAST, E4M3_MAX, Contribution, Rows, e4m3_scale
 from .registry import Constraint, capability
 
-KEY_TOKENS = 16  # tokens a program sums keys of
+# Tokens a program sums keys of, and from how many programs on it takes twice as many: the sums of the programs are read again.
+KEY_TOKENS, KEY_PROGRAMS = 16, 1024
 # Programs a head, for the sums and the application of the linear attention: with 20 heads two for each of an H200's 132
 # processors. The same everywhere, so that a sum does not depend on the card; a program of sums takes a multiple of SPLIT tokens.
 PROGRAMS, SPLIT = 13, 64
 WORDS_HELD = 128  # text tokens that a program holds; longer texts are torch's, which is faster there
-# Launch settings, chosen with bench/probe.py on an H200. norm, residual, rms, row_fp8: tokens a program,
-# warps (row_fp8: at most); norm_fp8, taps_fp8: warps; taps: tokens, channels, warps; keys: warps; state: tokens, warps, stages;
-# totals: splits, values, parts, columns, warps; apply: tokens, warps, stages; text: tokens, tiles, warps, stages;
-# depthwise: channels, warps, form of the SiLU, rows ahead; fp8: values, tiles, warps.
+# Launch settings, chosen with bench/probe.py on an H200. norm, residual, rms, row_fp8: tokens a program, warps (row_fp8: at
+# most). keys, norm_fp8, residual_fp8, taps_fp8, given_taps: warps. taps: tokens, channels, warps. state, apply: tokens, warps,
+# stages. totals: splits, values, parts, columns, warps. text: tokens, tiles, warps, stages. depthwise: channels, warps, form of
+# the SiLU, rows ahead. fp8: values, tiles, warps.
 TUNING = {
     "norm": (1, 1), "residual": (1, 4), "rms": (1, 1), "taps": (2, 256, 1), "keys": (1,), "state": (64, 4, 3),
     "totals": (16, 1024, 256, 16, 8), "apply": (64, 4, 3), "depthwise": (64, 1, "half", 4), "fp8": (2048, 8, 4),
-    "row_fp8": (1, 8), "norm_fp8": (2,), "taps_fp8": (2,), "text": (64, 8, 4, 3),
+    "row_fp8": (1, 8), "norm_fp8": (1,), "residual_fp8": (4,), "taps_fp8": (4,), "given_taps": (2,),
+    "text": (64, 8, 4, 2),
 }
 # A thread of the depthwise convolution takes more registers if it may; with 128 it spills none, and more of them run at one time.
 DEPTHWISE_REGISTERS = 128
@@ -79,21 +81,22 @@ def _modulation(x: Tensor, *rows: Tensor) -> tuple[list[Tensor], int]:
 
 def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tensor | None, shift: Tensor | None,
                    scale: Tensor | None, eps: float, fp8: bool = False, offset: Tensor | None = None,
-                   ) -> tuple[Tensor | None, Tensor | Rows | None]:
-    """``x + gate * (y + extra)`` when there is y, and its modulated norm when there is a scale. ``offset``: only without y."""
+                   given: Tensor | None = None) -> tuple[Tensor | None, Tensor | Rows | None]:
+    """``x + gate * (y + extra)`` when there is y, and its modulated norm when there is a scale. ``offset``: only without y.
+    ``fp8``: the norm, or without a scale the sum once more, in E4M3, at the scale ``given`` or a row's own."""
     x, y, extra = (None if t is None else t.contiguous() for t in (x, y, extra))
     batch, tokens, channels = x.shape
-    given = [r for r in (gate, shift, scale) if r is not None]
-    rows, stride = _modulation(x, *given) if given else ([], 0)
+    wanted = [r for r in (gate, shift, scale) if r is not None]
+    rows, stride = _modulation(x, *wanted) if wanted else ([], 0)
     frames = rows[0].shape[1] if rows else 1
     gate = rows.pop(0) if gate is not None else None
     shift, scale = rows or (None, None)
     out = None if y is None else torch.empty_like(x)
-    normed = None if scale is None else torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else None)
-    factor = torch.empty(batch, tokens, 1, device=x.device, dtype=torch.float32) if fp8 else None
+    normed = torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else None) if fp8 or scale is not None else None
+    factor = given if given is not None or not fp8 else torch.empty(batch, tokens, 1, device=x.device, dtype=torch.float32)
     block, warps = TUNING["residual" if scale is None else "norm"]
     if fp8:
-        block, warps = 1, TUNING["norm_fp8"][0]
+        block, warps = 1, TUNING["norm_fp8" if y is None else "residual_fp8"][0]
     each = tokens // frames
     offset = None if offset is None else offset.expand(batch, -1, -1).contiguous()
     used = (x if t is None else t for t in (y, extra, gate, shift, scale, offset, out, normed, factor))  # the others: untouched
@@ -101,7 +104,7 @@ def _residual_norm(x: Tensor, y: Tensor | None, extra: Tensor | None, gate: Tens
         _kernels().residual_norm_kernel[(-(-each // block), batch * frames)](
             x, *used, each, frames, stride, eps, LIMIT=E4M3_MAX, LEAST=E4M3_LEAST, **_row(channels), TOKENS=block,
             HAS_Y=y is not None, HAS_EXTRA=extra is not None, HAS_GATE=gate is not None, HAS_NORM=scale is not None,
-            HAS_OFFSET=offset is not None, FP8=fp8, num_warps=warps)
+            HAS_OFFSET=offset is not None, FP8=fp8, GIVEN=given is not None, NATIVE=_kernels().native(), num_warps=warps)
     return out, Rows(normed, factor) if fp8 else normed
 
 
@@ -120,14 +123,21 @@ def residual_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float
     return _residual_norm(x, y, None, None, shift, scale, eps)
 
 
-def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Rows:
+def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, given: Tensor | None = None) -> Rows:
     """See ``reference.modulate_norm_fp8``; one read, one write. The norm is not rounded before it is scaled."""
-    return _residual_norm(x, None, None, None, shift, scale, eps, fp8=True)[1]
+    return _residual_norm(x, None, None, None, shift, scale, eps, True, given=given)[1]
 
 
-def residual_norm_fp8(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Rows]:
+def residual_norm_fp8(
+    x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, given: Tensor | None = None,
+) -> tuple[Tensor, Rows]:
     """See ``reference.residual_norm_fp8``; one pass, and no rounding between the sum, its norm and the scaling."""
-    return _residual_norm(x, y, None, None, shift, scale, eps, fp8=True)
+    return _residual_norm(x, y, None, None, shift, scale, eps, True, given=given)
+
+
+def gated_residual_fp8(x: Tensor, y: Tensor, gate: Tensor, *, given: Tensor) -> tuple[Tensor, Rows]:
+    """See ``reference.gated_residual_fp8``; one pass, and no rounding between the sum and its scaling."""
+    return _residual_norm(x, y, None, gate, None, None, 0.0, True, given=given)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -146,29 +156,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def linear_attention(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
     history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
-) -> tuple[Tensor, Contribution]:
+    given: Tensor | None = None,
+) -> tuple[Tensor | Rows, Contribution]:
     """See ``reference.linear_attention`` (``quality``). Operands of the sums' product are rounded to the dtype of qkv, those of
     its application to float16 after a scale."""
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim = width // heads
     split = -(-tokens // (PROGRAMS * SPLIT)) * SPLIT
-    splits, parts = -(-tokens // split), -(-tokens // KEY_TOKENS)
+    each = KEY_TOKENS if tokens < KEY_TOKENS * KEY_PROGRAMS else 2 * KEY_TOKENS
+    splits, parts = -(-tokens // split), -(-tokens // each)
     new = {"device": qkv.device, "dtype": torch.float32}
     keys = torch.empty(batch, tokens, width, device=qkv.device, dtype=qkv.dtype)
     vk = torch.empty(batch, heads, splits, dim, dim, **new)
     ksum = torch.empty(batch, parts, heads, dim, **new)
-    out = torch.empty_like(keys)
+    out = torch.empty_like(keys, dtype=None if given is None else torch.float8_e4m3fn)
     turns = torch.empty(tokens, dim // 2, 2, device=qkv.device, dtype=torch.float16).view(torch.int32)  # cosine, sine
     kernels, half = _kernels("kernels_attention"), qkv.dtype == torch.bfloat16
     words, key_words, gain_words = (t.view(torch.int32) if half else t for t in (qkv, keys, k_weight))
-    operand, block = _kernels().operand, max(_block(dim), 32)  # a product's two halves of a head have 16 channels or more
+    operand, native = _kernels().operand, _kernels().native()
+    block = max(_block(dim), 32)  # a product's two halves of a head have 16 channels or more
     with torch.cuda.device_of(qkv):
         sizes = {k: v for k, v in _row(heads).items() if k != "C"}
         kernels.attention_keys_kernel[(parts, batch)](
             qkv, words, k_weight, gain_words, cos, sin, turns, keys, key_words, ksum, tokens, norm_eps, WORDS=half,
-            NATIVE=kernels.native(), HEADS=heads, HALF=dim // 2, HALF_BLOCK=1 << (dim // 2 - 1).bit_length(), **sizes,
-            TOKENS=KEY_TOKENS, num_warps=TUNING["keys"][0])
+            NATIVE=native, HEADS=heads, HALF=dim // 2, HALF_BLOCK=1 << (dim // 2 - 1).bit_length(), **sizes,
+            TOKENS=each, num_warps=TUNING["keys"][0])
         rows, warps, stages = _setting("state", qkv)
         kernels.attention_state_kernel[(batch * heads, splits)](
             qkv, keys, vk, tokens, heads, split // rows, OPERAND=operand(qkv.dtype), D=dim, BLOCK_D=block, ROWS=rows,
@@ -177,10 +190,10 @@ def linear_attention(
         rows, warps, stages = _setting("apply", qkv)
         tiles = -(-tokens // (PROGRAMS * rows))
         kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
-            qkv, words, q_weight, cos, sin, turns, total.vk.view(torch.int64), total.ksum, out, tokens,
-            heads, tiles, eps, OPERAND=operand(torch.float16), WORDS=half, NATIVE=kernels.native(), D=dim, BLOCK_D=block,
-            ROWS=rows, num_warps=warps, num_stages=stages)
-    return out, own
+            qkv, words, q_weight, cos, sin, turns, total.vk.view(torch.int64), total.ksum, cos if given is None else given, out,
+            tokens, heads, tiles, eps, OPERAND=operand(torch.float16), WORDS=half, FP8=given is not None, NATIVE=native, D=dim,
+            BLOCK_D=block, ROWS=rows, num_warps=warps, num_stages=stages)
+    return out if given is None else Rows(out, given), own
 
 
 def _totals(vk: Tensor, ksum: Tensor, history: Contribution | None) -> tuple[Contribution, Contribution]:
@@ -198,33 +211,37 @@ def _totals(vk: Tensor, ksum: Tensor, history: Contribution | None) -> tuple[Con
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
-    norm: tuple[Tensor, float] | None = None,
-) -> Tensor:
+    norm: tuple[Tensor, float] | None = None, *, given: Tensor | None = None,
+) -> Tensor | Rows:
     """See ``reference.softmax_attention``, for rows of several ``lengths``: every row by itself, into one result."""
     q = q.contiguous()
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     batch, tokens, channels = q.shape
-    dim, kernels, out = channels // heads, _kernels("kernels_text"), torch.empty_like(q)
-    weight, eps = (out, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
+    dim, kernels, fp8 = channels // heads, _kernels("kernels_text"), given is not None
+    out = torch.empty_like(q, dtype=torch.float8_e4m3fn if fp8 else None)
+    weight, eps = (q, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
     factor = torch.empty(tokens, device=q.device, dtype=torch.float32)  # neither is touched without a norm
     rows, tiles, warps, stages = _setting("text", q)
     with torch.cuda.device_of(q):
         for i, count in enumerate(lengths):
             if count > WORDS_HELD:
-                out[i:i + 1] = by_torch(q[i:i + 1], k[i:i + 1], v[i:i + 1], heads, None, (count,), norm)
+                made = by_torch(q[i:i + 1], k[i:i + 1], v[i:i + 1], heads, None, (count,), norm)
+                out[i:i + 1] = given_fp8(made, given).values if fp8 else made
                 continue
             if norm is not None:
                 kernels.query_factor_kernel[(tokens,)](q[i], factor, tokens, eps, **_row(channels), TOKENS=1, num_warps=1)
             kernels.text_attention_kernel[(heads, -(-tokens // (rows * tiles)))](
-                q[i], factor, weight, k[i], v[i], out[i], tokens, count, k.stride(1), v.stride(1),
-                dim**-0.5 * 1.4426950408889634, OPERAND=_kernels().operand(q.dtype), HAS_NORM=norm is not None,
-                D=dim, BLOCK_D=_block(dim), ROWS=rows, TILES=tiles, KEYS=_block(count), num_warps=warps, num_stages=stages)
-    return out
+                q[i], factor, weight, k[i], v[i], given if fp8 else factor, out[i], tokens, count, k.stride(1), v.stride(1),
+                dim**-0.5 * 1.4426950408889634, OPERAND=_kernels().operand(q.dtype), HAS_NORM=norm is not None, FP8=fp8,
+                NATIVE=_kernels().native(), D=dim, BLOCK_D=_block(dim), ROWS=rows, TILES=tiles, KEYS=_block(count),
+                num_warps=warps, num_stages=stages)
+    return Rows(out, given) if fp8 else out
 
 
 def gated_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False, out: Tensor | None = None,
-) -> Tensor:
+    *, given: Tensor | None = None,
+) -> Tensor | Rows:
     """See ``reference.gated_depthwise``; one pass, x is left as it is."""
     x = x.contiguous()
     batch, tokens, channels = x.shape
@@ -235,14 +252,17 @@ def gated_depthwise(
     kernels, form = _kernels("kernels_depthwise"), _kernels("kernels_silu").silu_form(form)
     strips = -(-width // kernels.COLUMNS)
     taps = weight.contiguous()
-    out = torch.empty(batch, tokens, hidden, device=x.device, dtype=x.dtype) if out is None else out
-    half = x.dtype == torch.bfloat16 and hidden % 2 == 0
+    fp8 = given is not None
+    if out is None:
+        out = torch.empty(batch, tokens, hidden, device=x.device, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
+    half, native = x.dtype == torch.bfloat16 and hidden % 2 == 0, _kernels().native()
     with torch.cuda.device_of(x):
         kernels.gated_depthwise_kernel[(-(-hidden // block) * strips * frames,)](
-            x, x.view(torch.int32) if half else x, taps, taps if bias is None else bias.contiguous(), out, height, width, strips,
-            HIDDEN=hidden, HAS_BIAS=bias is not None, WORDS=half, BLOCK_C=block, FORM=form,
-            AHEAD=ahead if half and form == "half" else 0, num_warps=warps, **most)
-    return out
+            x, x.view(torch.int32) if half else x, taps, taps if bias is None else bias.contiguous(), given if fp8 else taps, out,
+            height, width, strips, HIDDEN=hidden, HAS_BIAS=bias is not None, WORDS=half, BLOCK_C=block, FORM=form,
+            AHEAD=ahead if half and form == "half" else 0, FP8=fp8, NATIVE=native, PACKED=fp8 and native and half,
+            num_warps=warps, **most)
+    return Rows(out, given) if fp8 else out
 
 
 def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -259,8 +279,25 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     return taps, u.unflatten(1, (frames, -1))[:, -1:]
 
 
-def temporal_taps_fp8(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Rows, Tensor]:
+def _given_taps(u: Tensor, frames: int, tail: Tensor | None, given: Tensor) -> tuple[Rows, Tensor]:
+    """The taps at a scale that is given: every value is read and converted once."""
+    u = u.contiguous()
+    batch, tokens, channels = u.shape
+    size = tokens // frames
+    taps = torch.empty(batch, tokens, 3 * channels, device=u.device, dtype=torch.float8_e4m3fn)
+    with torch.cuda.device_of(u):
+        _kernels().given_taps_kernel[(size, batch * frames)](
+            u, u if tail is None else tail.to(u).contiguous(), taps, given, frames, size, **_row(channels),
+            HAS_TAIL=tail is not None, NATIVE=_kernels().native(), num_warps=TUNING["given_taps"][0])
+    return Rows(taps, given), u.unflatten(1, (frames, -1))[:, -1:]
+
+
+def temporal_taps_fp8(
+    u: Tensor, frames: int, tail: Tensor | None = None, *, given: Tensor | None = None,
+) -> tuple[Rows, Tensor]:
     """See ``reference.temporal_taps_fp8``; the same bits in one pass, and the taps are never written in the model's dtype."""
+    if given is not None:
+        return _given_taps(u, frames, tail, given)
     u = u.contiguous()
     batch, tokens, channels = u.shape
     size = tokens // frames
@@ -286,6 +323,12 @@ def row_fp8(x: Tensor) -> Rows:
     return Rows(out, scale)
 
 
+def given_fp8(x: Tensor, given: Tensor) -> Rows:
+    """See ``reference.given_fp8``; one read, one write."""
+    _, rows = _residual_norm(x.reshape(1, -1, x.shape[-1]), None, None, None, None, None, 0.0, True, given=given)
+    return Rows(rows.values.view(x.shape), given)
+
+
 def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """See ``reference.scaled_fp8``; x is read twice, the largest value is found in a fixed order."""
     x = x.contiguous()
@@ -296,11 +339,24 @@ def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
         _kernels().largest_kernel[(len(largest),)](x, largest, count, VALUES=values, TILES=tiles, num_warps=warps)
         most = largest.amax()
         scale, inverse = e4m3_scale(most)
-        _kernels().scale_kernel[(-(-count // values),)](x, inverse, out, count, VALUES=values, num_warps=warps)
+        _kernels().scale_kernel[(-(-count // values),)](
+            x, inverse, out, count, VALUES=values, num_warps=warps)
     return out, scale
 
 
-def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parity=False, **_) -> str | None:
+def _e4m3(x, given) -> str | None:
+    """Reason to refuse an output in E4M3 on a card that has no such numbers."""
+    lacks = given is not None and x.is_cuda and capability(x.device) < (8, 9)
+    return "needs compute capability 8.9 for an output in E4M3" if lacks else None
+
+
+def _depthwise(x, weight, bias, grid, overwrite=False, out=None, *, given=None) -> str | None:
+    return one_dtype(x, weight, bias) or _e4m3(x, given)
+
+
+def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parity=False, given=None, **_) -> str | None:
+    if reason := _e4m3(qkv, given):
+        return reason
     if parity:
         return "parity mode rounds at every step like the official run"
     if cos.dtype != torch.float32:
@@ -309,7 +365,7 @@ def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parit
     return None if dim <= 128 else f"holds a head of at most 128 channels, this one has {dim}"
 
 
-def _text(q, k, v, heads, mask=None, lengths=None, norm=None) -> str | None:
+def _text(q, k, v, heads, mask=None, lengths=None, norm=None, **_) -> str | None:
     if lengths is None or len(set(lengths)) == 1:
         return "torch's own attention is as fast where all rows have one length"
     dim = q.shape[-1] // heads
@@ -321,12 +377,12 @@ def _text(q, k, v, heads, mask=None, lengths=None, norm=None) -> str | None:
 def register(operators: dict) -> None:
     """Add these functions to the operators as backend 'triton'."""
     needs = {"devices": ("cuda",), "inference_only": True, "triton": True, "capability": (8, 0), "dtypes": (torch.bfloat16,)}
-    checks = {"linear_attention": _not_parity, "rms_norm": has_weight, "temporal_taps": None}
+    checks = {"linear_attention": _not_parity, "rms_norm": has_weight, "temporal_taps": None, "gated_depthwise": _depthwise}
     operators["softmax_attention"].add("triton", softmax_attention, Constraint(**needs | {"capability": (9, 0)}, check=_text))
     for function in (modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps):
         name = function.__name__
         operators[name].add("triton", function, Constraint(**needs, check=checks.get(name, one_dtype)))
     e4m3 = needs | {"capability": (8, 9)}
-    for function, check in ((row_fp8, None), (scaled_fp8, None), (modulate_norm_fp8, one_dtype), (residual_norm_fp8, one_dtype),
-                            (temporal_taps_fp8, None)):
+    for function in (row_fp8, scaled_fp8, given_fp8, temporal_taps_fp8, modulate_norm_fp8, residual_norm_fp8, gated_residual_fp8):
+        check = one_dtype if function in (modulate_norm_fp8, residual_norm_fp8, gated_residual_fp8) else None
         operators[function.__name__].add("triton", function, Constraint(**e4m3, check=check))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .reference import Rows
 from .registry import OPERATORS, Constraint
 
 
@@ -41,11 +42,12 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
-    norm: tuple[Tensor, float] | None = None,
-) -> Tensor:
+    norm: tuple[Tensor, float] | None = None, *, given: Tensor | None = None,
+) -> Tensor | Rows:
     """See ``reference.softmax_attention``; the norm by its own operator, which has faster forms."""
     q = q if norm is None else OPERATORS["rms_norm"](q, *norm)
-    return reference.softmax_attention(q, k, v, heads, mask, lengths)
+    out = reference.softmax_attention(q, k, v, heads, mask, lengths)
+    return out if given is None else OPERATORS["given_fp8"](out, given)
 
 
 def add_product(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:

@@ -10,8 +10,14 @@ A row of C channels is read as MAIN channels and REST more (both powers of two, 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+def native() -> bool:
+    """Whether the kernels may use NVIDIA's own instructions: not in Triton's interpreter, not on other cards."""
+    return torch.version.cuda is not None and not triton.knobs.runtime.interpret
 
 
 def operand(dtype):
@@ -62,17 +68,41 @@ def _row_scale(bits, LIMIT: tl.constexpr, LEAST: tl.constexpr):
     return most * (1 / LIMIT), tl.div_rn(1.0, most) * LIMIT
 
 
+@triton.jit
+def cut(value, FP8: tl.constexpr, NATIVE: tl.constexpr):
+    """Values within E4M3's range, where FP8 are to become that: NVIDIA's conversion cuts by itself."""
+    if FP8 and not NATIVE:
+        value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return value
+
+
+@triton.jit
+def _over_scale(value_a, value_b, real_a, real_b, factor, at, here, LIMIT: tl.constexpr, LEAST: tl.constexpr, REST: tl.constexpr,
+                GIVEN: tl.constexpr, NATIVE: tl.constexpr):
+    """Both parts of a row over a scale of its own, which goes into ``factor`` at ``at``, or (GIVEN) the one that stands there."""
+    if GIVEN:
+        inverse = 1.0 / tl.load(factor)
+    else:
+        most = _size(tl.where(real_a, value_a, 0.0))
+        if REST:
+            most = tl.maximum(most, _size(tl.where(real_b, value_b, 0.0)))
+        scale, inverse = _row_scale(most, LIMIT, LEAST)
+        tl.store(factor + at, scale, mask=here)
+    return cut(value_a * inverse, GIVEN, NATIVE), cut(value_b * inverse, GIVEN, NATIVE)
+
+
 @triton.jit(do_not_specialize=["tokens", "frames"])
 def residual_norm_kernel(
     x, y, extra, gate, shift, scale, offset, out, normed, factor, tokens, frames, row_stride, eps, LIMIT: tl.constexpr,
     LEAST: tl.constexpr, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TOKENS: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_EXTRA: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr, FP8: tl.constexpr,
+    GIVEN: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """``out = x + gate * (y + extra)`` and ``normed = LayerNorm(out) * (1 + scale) + shift``, or one of the two. HAS_OFFSET: of
     ``x + offset [B, C]``; B comes with ``frames`` modulation rows each.
 
-    TOKENS tokens of one modulation row (``tokens`` of them each) a program. The norm is that of the float32 sum. FP8: it is
-    divided by a scale of the token, which goes into ``factor``.
+    TOKENS tokens of one modulation row (``tokens`` of them each) a program. The norm is that of the float32 sum. FP8: it, or the
+    sum where there is no norm, is divided by a scale of the token (see ``_over_scale``).
     """
     row = tl.program_id(1).to(tl.int64)
     a, b = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
@@ -89,8 +119,8 @@ def residual_norm_kernel(
         start = (row * tokens + token) * C
         inside_a = real_a & here
         value_a = _residual(x, y, extra, gate_a, more_a, start + a, inside_a, HAS_Y, HAS_EXTRA, HAS_GATE, HAS_OFFSET)
+        inside_b, value_b = real_b & here, 0.0
         if REST:
-            inside_b = real_b & here
             value_b = _residual(x, y, extra, gate_b, more_b, start + b, inside_b, HAS_Y, HAS_EXTRA, HAS_GATE, HAS_OFFSET)
         if HAS_Y:
             tl.store(out + start + a, value_a.to(out.dtype.element_ty), mask=inside_a)
@@ -110,15 +140,10 @@ def residual_norm_kernel(
             value_a = value_a * inverse * gain_a + offset_a
             if REST:
                 value_b = value_b * inverse * gain_b + offset_b
-            if FP8:
-                most = _size(tl.where(real_a, value_a, 0.0))
-                if REST:
-                    most = tl.maximum(most, _size(tl.where(real_b, value_b, 0.0)))
-                row_scale, inverse = _row_scale(most, LIMIT, LEAST)
-                tl.store(factor + row * tokens + token, row_scale, mask=here)
-                value_a *= inverse
-                if REST:
-                    value_b *= inverse
+        if FP8:
+            value_a, value_b = _over_scale(value_a, value_b, real_a, real_b, factor, row * tokens + token, here, LIMIT, LEAST,
+                                           REST, GIVEN, NATIVE)
+        if HAS_NORM or FP8:
             tl.store(normed + start + a, value_a.to(normed.dtype.element_ty), mask=inside_a)
             if REST:
                 tl.store(normed + start + b, value_b.to(normed.dtype.element_ty), mask=inside_b)
@@ -208,9 +233,10 @@ def temporal_taps_fp8_kernel(
     row = which * size + token
     past = ((which // frames) * size + token) * C
     a0, a1, a2 = _taps_row(u, tail, row * C, past, frame, frames, size, a, real_a, C, HAS_TAIL)
-    most = tl.maximum(tl.maximum(_size(a0), _size(a1)), _size(a2))
     if REST:
         b0, b1, b2 = _taps_row(u, tail, row * C, past, frame, frames, size, b, real_b, C, HAS_TAIL)
+    most = tl.maximum(tl.maximum(_size(a0), _size(a1)), _size(a2))
+    if REST:
         most = tl.maximum(most, tl.maximum(tl.maximum(_size(b0), _size(b1)), _size(b2)))
     scale, inverse = _row_scale(most, LIMIT, LEAST)
     tl.store(factor + row, scale)
@@ -223,6 +249,45 @@ def temporal_taps_fp8_kernel(
         tl.store(goal + b, (b0 * inverse).to(kind), mask=real_b)
         tl.store(goal + C + b, (b1 * inverse).to(kind), mask=real_b)
         tl.store(goal + 2 * C + b, (b2 * inverse).to(kind), mask=real_b)
+
+
+@triton.jit
+def _given_taps(
+    u, tail, out, row, past, inverse, frame, frames, size, n, real, C: tl.constexpr, HAS_TAIL: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Channels ``n`` of one token into the taps of three frames."""
+    kind = out.dtype.element_ty
+    value = cut(_float(u + row * C + n, real) * inverse, True, NATIVE).to(kind)
+    step = size.to(tl.int64) * (3 * C)
+    goal = out + row * (3 * C) + n
+    tl.store(goal + C, value, mask=real)
+    tl.store(goal + step, value, mask=real & (frame + 1 < frames))
+    tl.store(goal - step + 2 * C, value, mask=real & (frame > 0))
+    if frame == 0:
+        left = tl.zeros_like(value)
+        if HAS_TAIL:
+            left = cut(_float(tail + past + n, real) * inverse, True, NATIVE).to(kind)
+        tl.store(goal, left, mask=real)
+    if frame == frames - 1:
+        tl.store(goal + 2 * C, tl.zeros_like(value), mask=real)
+
+
+@triton.jit(do_not_specialize=["frames", "size"])
+def given_taps_kernel(
+    u, tail, out, given, frames, size, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, HAS_TAIL: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """``temporal_taps_kernel`` over ``given []``; a token is one program."""
+    token, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    frame, row = which % frames, which * size + token
+    past = ((which // frames) * size + token) * C
+    inverse = 1.0 / tl.load(given)
+    a = tl.arange(0, MAIN)
+    _given_taps(u, tail, out, row, past, inverse, frame, frames, size, a, a < C, C, HAS_TAIL, NATIVE)
+    if REST:
+        b = MAIN + tl.arange(0, REST)
+        _given_taps(u, tail, out, row, past, inverse, frame, frames, size, b, b < C, C, HAS_TAIL, NATIVE)
 
 
 @triton.jit(do_not_specialize=["count"])

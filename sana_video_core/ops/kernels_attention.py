@@ -8,16 +8,11 @@ whole (``WORDS``): ``qkv`` then comes a second time as int32.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from .kernels_silu import reciprocal
-
-
-def native() -> bool:
-    """Whether the kernels may use NVIDIA's own instructions: not in Triton's interpreter, not on other cards."""
-    return torch.version.cuda is not None and not triton.knobs.runtime.interpret
+from .kernels import cut
+from .kernels_silu import reciprocal, word
 
 
 @triton.jit
@@ -51,22 +46,11 @@ def _rotated(a, b, cos, sin, turns, n, j, inside, HALF: tl.constexpr, WORDS: tl.
 
 
 @triton.jit
-def _word(first, second, KIND: tl.constexpr, NATIVE: tl.constexpr):
-    """Two float32 values as the halves of one word, float16 or bfloat16; NATIVE: by the one instruction that NVIDIA's cards
-    have for it."""
-    if NATIVE:
-        code: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if KIND == tl.float16 else "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        return tl.inline_asm_elementwise(code, "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1)
-    low = first.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (second.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
 def _put_keys(keys, key_words, goal, a, b, turn_c, turn_s, inside, WORDS: tl.constexpr, NATIVE: tl.constexpr):
     """Store the pairs ``(a, b) [heads, pairs]`` turned."""
     a, b = a * turn_c[None, :] - b * turn_s[None, :], a * turn_s[None, :] + b * turn_c[None, :]
     if WORDS:
-        tl.store(key_words + goal, _word(a, b, tl.bfloat16, NATIVE), mask=inside)
+        tl.store(key_words + goal, word(a, b, tl.bfloat16, NATIVE), mask=inside)
     else:
         tl.store(keys + 2 * goal, a.to(keys.dtype.element_ty), mask=inside)
         tl.store(keys + 2 * goal + 1, b.to(keys.dtype.element_ty), mask=inside)
@@ -114,7 +98,7 @@ def attention_keys_kernel(
         c = tl.load(cos + n * HALF + j, mask=real & here, other=0.0)
         s = tl.load(sin + n * HALF + j, mask=real & here, other=0.0)
         if WORDS:
-            tl.store(turns + n * HALF + j, _word(c, s, tl.float16, NATIVE), mask=real & here & (batch == 0))
+            tl.store(turns + n * HALF + j, word(c, s, tl.float16, NATIVE), mask=real & here & (batch == 0))
         c, s = c * inverse, s * inverse
         gain_a, gain_b = _pairs(weight, gain_words, p, real_p, WORDS)
         a, b = tl.maximum(a * gain_a, 0.0), tl.maximum(b * gain_b, 0.0)
@@ -194,14 +178,14 @@ def attention_totals_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "heads", "tiles"])
 def attention_apply_kernel(
-    qkv, words, weight, cos, sin, turns, vk, ksum, out, tokens, heads, tiles, eps, OPERAND: tl.constexpr, WORDS: tl.constexpr,
-    NATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    qkv, words, weight, cos, sin, turns, vk, ksum, given, out, tokens, heads, tiles, eps, OPERAND: tl.constexpr,
+    WORDS: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):
     """``(state q') / (ksum . q + eps)`` for ``tiles`` tiles of ROWS tokens of one head; q' is q rotated. ``vk`` comes as int64.
 
     A positive factor of a token is one of both parts: the q norm's 1 / rms is left out (performance spec 4, identity a), and
     every token and the state are brought to a largest value of 1, so that float16 can hold them. As bfloat16, which has three
-    bits less, they gave up to twice the error of plain torch where few tokens meet.
+    bits less, they gave up to twice the error of plain torch where few tokens meet. FP8: the output is over ``given []``.
     """
     HALF: tl.constexpr = D // 2
     HALF_BLOCK: tl.constexpr = BLOCK_D // 2
@@ -225,6 +209,8 @@ def attention_apply_kernel(
     state_a, state_b = pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     largest = tl.maximum(tl.max(tl.maximum(tl.abs(state_a), tl.abs(state_b))), 1e-30)
     state_a, state_b = (state_a / largest).to(OPERAND), (state_b / largest).to(OPERAND)
+    if FP8:
+        largest /= tl.load(given)
     for tile in range(tiles):
         own = tile * ROWS + tl.arange(0, ROWS)
         n = first + own
@@ -238,5 +224,5 @@ def attention_apply_kernel(
         a, b = _rotated(a, b, cos, sin, turns, n, j, inside, HALF, WORDS)
         above = tl.dot(a.to(OPERAND), state_a, input_precision="ieee")
         above = tl.dot(b.to(OPERAND), state_b, above, input_precision="ieee")
-        result = (above * (largest * reciprocal(below, NATIVE))[:, None]).to(out.dtype.element_ty)
+        result = cut(above * (largest * reciprocal(below, NATIVE))[:, None], FP8, NATIVE).to(out.dtype.element_ty)
         tl.store(out + own[:, None] * width + d[None, :], result, mask=valid[:, None] & real[None, :])

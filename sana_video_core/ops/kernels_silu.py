@@ -36,6 +36,17 @@ def fetch(at):
 
 
 @triton.jit
+def word(first, second, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Two float32 values as the halves of one word, float16 or bfloat16; NATIVE: by the one instruction that NVIDIA's cards
+    have for it."""
+    if NATIVE:
+        code: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if KIND == tl.float16 else "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(code, "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1)
+    low = first.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (second.to(KIND).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
 def silu(x, FORM: tl.constexpr):
     """SiLU of float32; 'plain': an exponential and a division, else the instructions themselves."""
     if FORM == "plain":

@@ -99,7 +99,9 @@ _scaled_fp8 = _define(
     lambda x: (x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((), dtype=torch.float32)))
 
 
-def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+# ``offset`` and ``given`` are None in a compiled graph: what comes with them is left to the plain form (``dit/layers.py``).
+
+def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, offset: None = None) -> Tensor:
     return _modulate_norm(x, shift, scale, eps)
 
 
@@ -118,6 +120,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def linear_attention(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
     history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
+    given: None = None,
 ) -> tuple[Tensor, Contribution]:
     vk, ksum = (None, None) if history is None else history
     out, vk, ksum = _linear_attention(qkv, q_weight, k_weight, cos, sin, heads, vk, ksum, norm_eps, eps)
@@ -126,7 +129,7 @@ def linear_attention(
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
-    norm: tuple[Tensor, float] | None = None,
+    norm: tuple[Tensor, float] | None = None, *, given: None = None,
 ) -> Tensor:
     weight, eps = (None, 0.0) if norm is None else norm
     return _softmax_attention(q, k, v, heads, list(lengths), weight, eps)
@@ -134,6 +137,7 @@ def softmax_attention(
 
 def gated_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False, out: Tensor | None = None,
+    *, given: None = None,
 ) -> Tensor:
     made = _gated_depthwise(x, weight, bias, *grid)
     return made if out is None else out.copy_(made)
@@ -147,16 +151,20 @@ def row_fp8(x: Tensor) -> Rows:
     return Rows(*_row_fp8(x))
 
 
-def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Rows:
+def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, given: None = None) -> Rows:
     return Rows(*_modulate_norm_fp8(x, shift, scale, eps))
 
 
-def residual_norm_fp8(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Rows]:
+def residual_norm_fp8(
+    x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, given: None = None,
+) -> tuple[Tensor, Rows]:
     total, *rows = _residual_norm_fp8(x, y, shift, scale, eps)
     return total, Rows(*rows)
 
 
-def temporal_taps_fp8(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Rows, Tensor]:
+def temporal_taps_fp8(
+    u: Tensor, frames: int, tail: Tensor | None = None, *, given: None = None,
+) -> tuple[Rows, Tensor]:
     return Rows(*_temporal_taps_fp8(u, frames, tail)), u.unflatten(1, (frames, -1))[:, -1:]
 
 

@@ -30,7 +30,7 @@ class Contribution(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows in E4M3: ``values`` ``[..., C]`` times ``scale`` ``[..., 1]`` (float32)."""
+    """Rows in E4M3: ``values`` ``[..., C]`` times ``scale``, float32: ``[..., 1]``, or ``[]`` where one serves all."""
 
     values: Tensor
     scale: Tensor
@@ -81,12 +81,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def linear_attention(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
     history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
-) -> tuple[Tensor, Contribution]:
+    given: Tensor | None = None,
+) -> tuple[Tensor | Rows, Contribution]:
     """ReLU linear attention with rotary numerator over one block of frames (model spec 1.7, causal spec 1.1).
 
     qkv ``[B, N, 3C]`` (thirds q, k, v); q/k RMSNorm weights ``[C]`` act over all channels; cos/sin ``[N, D/2]``.
     ``history`` is the sum of the earlier blocks' contributions. Returns ``[B, N, C]`` in the dtype of qkv and this block's
-    own contribution (without history). Inside the block every token sees every token.
+    own contribution (without history). Inside the block every token sees every token. ``given``: see :func:`given_fp8`.
     """
     dtype = qkv.dtype
     q, k, v = qkv.chunk(3, -1)
@@ -103,22 +104,24 @@ def linear_attention(
     if parity:  # the official shapes [D, D] x [D, N]: the other order of the same products rounds differently
         out = vk @ q_rot.permute(0, 2, 3, 1)
         z = 1 / (ksum @ q.permute(0, 2, 3, 1) + eps)
-        return (out * z).permute(0, 3, 1, 2).flatten(2).to(dtype), own
+        return _at((out * z).permute(0, 3, 1, 2).flatten(2).to(dtype), given), own
     out = q_rot.permute(0, 2, 1, 3) @ vk.transpose(-1, -2)
     z = 1 / (q.permute(0, 2, 1, 3) @ ksum.transpose(-1, -2) + eps)
-    return (out * z).permute(0, 2, 1, 3).flatten(2).to(dtype), own
+    return _at((out * z).permute(0, 2, 1, 3).flatten(2).to(dtype), given), own
 
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
-    norm: tuple[Tensor, float] | None = None,
-) -> Tensor:
+    norm: tuple[Tensor, float] | None = None, *, given: Tensor | None = None,
+) -> Tensor | Rows:
     """Cross attention of ``q [B, N, C]`` over text ``k, v [B, L, C]``; ``mask [B, L]`` True = valid (model spec 1.8).
 
     ``lengths``: how many leading text tokens of each row are valid, where the caller knows. Leaving the others out is the
     same as masking them, and keeps torch's attention without a mask available. ``norm``: weight and eps of an RMSNorm over
-    all channels of q that comes first.
+    all channels of q that comes first. ``given``: see :func:`given_fp8`.
     """
+    if given is not None:
+        return _at(softmax_attention(q, k, v, heads, mask, lengths, norm), given)
     if norm is not None:
         q = rms_norm(q, *norm)
     if lengths is not None:
@@ -133,12 +136,17 @@ def softmax_attention(
 
 def gated_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], overwrite: bool = False, out: Tensor | None = None,
-) -> Tensor:
+    *, given: Tensor | None = None,
+) -> Tensor | Rows:
     """SiLU, depthwise 3x3 with zero padding on every frame, then ``a * SiLU(g)`` of the two halves (model spec 1.9).
 
     x ``[B', N, 2E]`` with N a multiple of ``h*w`` -> ``[B', N, E]``; weight ``[2E, 1, 3, 3]``. ``overwrite``: the caller
-    does not need x again, so its memory may be used. ``out``: where the result goes, of its shape and contiguous.
+    does not need x again, so its memory may be used. ``out``: where the result goes, of its shape and contiguous. ``given``:
+    see :func:`given_fp8`; out is then in E4M3.
     """
+    if given is not None:
+        values = _at(gated_depthwise(x, weight, bias, grid, overwrite), given).values
+        return Rows(values if out is None else out.copy_(values), given)
     batch, tokens, channels = x.shape
     frames = F.silu(x, inplace=overwrite).reshape(-1, *grid, channels).permute(0, 3, 1, 2)  # a channels-last view, no copy
     frames = F.conv2d(frames, weight, bias, padding=1, groups=channels)
@@ -157,6 +165,16 @@ def scaled_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 def row_fp8(x: Tensor) -> Rows:
     """As :func:`scaled_fp8` with a scale for each row, ``[..., 1]``."""
     return Rows(*_e4m3(x.float(), x.abs().amax(-1, keepdim=True).float()))
+
+
+def given_fp8(x: Tensor, given: Tensor) -> Rows:
+    """As :func:`scaled_fp8` with the scale ``given []`` that a calibration has found; what lies beyond the format is cut."""
+    return Rows((x.float() * given.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), given)
+
+
+def _at(x: Tensor, given: Tensor | None) -> Tensor | Rows:
+    """How operators that take ``given`` end: :func:`given_fp8`, without a scale x as it is."""
+    return x if given is None else given_fp8(x, given)
 
 
 def _e4m3(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,18 +201,33 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
     return taps.flatten(1, 2), x[:, -1:]
 
 
-def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Rows:
+def _rows(x: Tensor, given: Tensor | None = None) -> Rows:
+    """:func:`row_fp8`, or :func:`given_fp8` a scale that is given."""
+    return row_fp8(x) if given is None else _at(x, given)
+
+
+def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, given: Tensor | None = None) -> Rows:
     """:func:`modulate_norm` as the :class:`Rows` that a product reads."""
-    return row_fp8(modulate_norm(x, shift, scale, eps))
+    return _rows(modulate_norm(x, shift, scale, eps), given)
 
 
-def residual_norm_fp8(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Rows]:
+def residual_norm_fp8(
+    x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, given: Tensor | None = None,
+) -> tuple[Tensor, Rows]:
     """:func:`residual_norm` with the norm as :class:`Rows`."""
     total, normed = residual_norm(x, y, shift, scale, eps)
-    return total, row_fp8(normed)
+    return total, _rows(normed, given)
 
 
-def temporal_taps_fp8(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[Rows, Tensor]:
+def gated_residual_fp8(x: Tensor, y: Tensor, gate: Tensor, *, given: Tensor) -> tuple[Tensor, Rows]:
+    """:func:`gated_residual`, and the same as :class:`Rows`."""
+    total = gated_residual(x, y, gate)
+    return total, _at(total, given)
+
+
+def temporal_taps_fp8(
+    u: Tensor, frames: int, tail: Tensor | None = None, *, given: Tensor | None = None,
+) -> tuple[Rows, Tensor]:
     """:func:`temporal_taps` with the taps as :class:`Rows`."""
     taps, own_tail = temporal_taps(u, frames, tail)
-    return row_fp8(taps), own_tail
+    return _rows(taps, given), own_tail

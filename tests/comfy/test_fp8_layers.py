@@ -122,3 +122,32 @@ def test_torch_compile_takes_scaled_inputs(world):
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         assert relative(torch.compile(layer, backend="eager")(x), layer(x)) < SAME
+
+def test_the_network_hands_over_rows_at_a_calibrated_scale(world, monkeypatch):
+    """A whole network whose layers have input scales: each operator writes in E4M3 what core's layers would make of its
+    output (a power of two: core rounds others to bfloat16)."""
+    import comfy.model_management
+
+    patcher = load(tiny(world), "fp8")
+    comfy.model_management.load_models_gpu([patcher])
+    network = patcher.model.diffusion_model.to(torch.bfloat16)
+    layers, calls = ip.pack_module("nodes.fp8_layers"), []
+    for module in network.modules():
+        if getattr(module, "quant_format", None):
+            module._full_precision_mm = False
+            module.input_scale = torch.nn.Parameter(torch.tensor(2.0**-6), requires_grad=False)
+            monkeypatch.setattr(module, "forward", lambda x, f=module.forward: (calls.append(type(x)), f(x))[1])
+    network.compute_dtype = torch.bfloat16
+    spec, inside = network.spec, ip.pack_module("sana_video_core.dit.layers")
+    noise = torch.Generator().manual_seed(5)
+    latent = torch.randn(2, spec.channels, 3, 4, 6, generator=noise).bfloat16()
+    caption = torch.randn(2, 9, spec.caption_channels, generator=noise).bfloat16()
+    with torch.inference_mode():
+        found = network(latent, torch.tensor([500.0, 500.0]), caption)
+        assert calls == [layers.ops.Rows] * 7 * spec.depth  # every matrix of every block
+        with monkeypatch.context() as patch:
+            patch.setattr(inside, "FFN_PASS_BYTES", 1)  # a frame at a time
+            assert torch.equal(network(latent, torch.tensor([500.0, 500.0]), caption), found)
+        monkeypatch.setattr(inside, "takes_rows", lambda linear, x: False)
+        expected = network(latent, torch.tensor([500.0, 500.0]), caption)
+    assert torch.equal(found, expected)

@@ -78,6 +78,16 @@ def network_calls(fused) -> None:
         pairs_fused.pair_residual(x, y, rows, new(1, 4, 11 * 1560, width, dtype=torch.float16), 21, offset=given)
     words = new(2, 300, width)
     fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 300), (weight, 1e-6))
+    given = new(dtype=torch.float32)
+    fused.given_fp8(x, given)
+    fused.modulate_norm_fp8(x, rows, rows, given=given)
+    fused.residual_norm_fp8(x, y, rows, rows, given=given)
+    fused.gated_residual_fp8(x, y, rows, given=given)
+    fused.temporal_taps_fp8(x, 21, given=given)
+    fused.temporal_taps_fp8(x, 21, new(1, 1, 1560, width), given=given)
+    fused.linear_attention(new(1, tokens, 3 * width), weight, weight, *table, heads, given=given)
+    fused.gated_depthwise(new(1, tokens, 2 * hidden), new(2 * hidden, 1, 3, 3), new(2 * hidden), (30, 52), given=given)
+    fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 100), (weight, 1e-6), given=given)
     table = [new(60, 8, dtype=torch.float32)] * 2
     fused.linear_attention(new(1, 60, 3 * 48), new(48), new(48), *table, 3)  # heads of 16 channels
     fused.gated_depthwise(new(1, 64, 2 * 65), new(2 * 65, 1, 3, 3), None, (8, 8))  # no words of two channels
@@ -114,10 +124,11 @@ def new(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 
 def settings_of(modules, capability: int) -> None:
     """Let the operators take the launch settings of that card."""
-    fused, frames = modules
+    fused, frames, kernels = modules
     hopper = capability == 90
     fused._setting = lambda name, x: fused.TUNING[name] if hopper else fused.SMALLER.get(name, fused.TUNING[name])
     frames._hopper = lambda x: hopper
+    kernels.native = lambda: True
 
 
 def kind_of(value) -> str:
@@ -164,10 +175,10 @@ def main(capabilities: list[int], decoder: bool) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from triton.runtime.jit import JITFunction
 
-    from sana_video_core.ops import frames_fused, fused
+    from sana_video_core.ops import frames_fused, fused, kernels
 
     for capability in capabilities:
-        settings_of((fused, frames_fused), capability)
+        settings_of((fused, frames_fused, kernels), capability)
         with Launches(JITFunction) as launches:
             network_calls(fused)
             if decoder:

@@ -13,6 +13,10 @@ from sana_video_core.ops import fused, reference
 from sana_video_core.ops.reference import Contribution
 
 
+def flat(value) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in flat(part)]
+
+
 def same_e4m3(found, expected) -> None:
     """Equal but for what the interpreter does: it goes by float16, and loses the carry where rounding reaches the next power
     of two; on a card all bits are equal (tests/gpu)."""
@@ -129,6 +133,48 @@ def test_text_attention(seed, monkeypatch):
         close(found, reference.softmax_attention(*wide(q, k, v), heads, None, lengths, exact), q.dtype)
 
 
+def given_calls(seed: int):
+    """(operator, arguments) of everything that writes at a given scale."""
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    tokens, channels = frames * height * width, heads * dim
+    x, y = noise(batch, tokens, channels), noise(batch, tokens, channels)
+    x = scattered(x) if seed % 3 == 0 else x
+    shift, scale, gate = noise(batch, frames if seed % 2 else 1, 3, channels).unbind(2)
+    tail = noise(batch, 1, height * width, channels) if seed % 2 else None
+    weight = noise(channels, scale=0.1) + 1
+    k, v = noise(batch, 20, 2 * channels).chunk(2, -1)
+    lengths = tuple(random.Random(seed + i).randint(1, 20) for i in range(batch))
+    taps, bias = noise(2 * channels, 1, 3, 3, scale=0.4), noise(2 * channels) if seed % 2 else None
+    table = rope_table(frames, height, width, dim)
+    return [
+        ("given_fp8", (x,)), ("modulate_norm_fp8", (x, shift, scale)), ("residual_norm_fp8", (x, y, shift, scale)),
+        ("gated_residual_fp8", (x, y, gate)), ("temporal_taps_fp8", (x, frames, tail)),
+        ("linear_attention", (noise(batch, tokens, 3 * channels), weight, weight, *table, heads)),
+        ("softmax_attention", (y, k, v, heads, None, lengths, (weight, 1e-6))),
+        ("gated_depthwise", (noise(batch, tokens, 2 * channels), taps, bias, (height, width)))]
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_outputs_at_a_given_scale(seed, monkeypatch):
+    """In E4M3 as if scaled afterwards, and cut where they are beyond it: the scale here is for half of the largest value."""
+    monkeypatch.setattr(fused, "WORDS_HELD", 16)  # longer texts are torch's
+    for name, args in given_calls(seed):
+        ours, truth_of = getattr(fused, name), getattr(reference, name)
+        exact = [tuple(wide(*a)) if isinstance(a, tuple) and torch.is_tensor(a[0]) else a for a in wide(*args)]
+        plain = exact[:1] if name == "given_fp8" else flat(getattr(reference, name.removesuffix("_fp8"))(*exact))
+        given = plain[name == "residual_norm_fp8"].abs().max() / 2 / reference.E4M3_MAX
+        found, expected = flat(ours(*args, given=given)), flat(truth_of(*exact, given=given))
+        assert len(found) == len(expected) and any(t is given for t in found)
+        for mine, right in zip(found, expected):
+            if right.dtype == torch.float8_e4m3fn:
+                assert mine.dtype == right.dtype and mine.shape == right.shape and not mine.float().isnan().any()
+                counts = right.view(torch.uint8) % 8 != 0  # the others: see same_e4m3
+                mine, right = mine.float()[counts], right.float()[counts]
+                assert len(right) and float((mine - right).norm() / right.norm()) < 0.03, name
+            elif right.ndim:
+                close(mine.contiguous(), right, args[0].dtype)
+
+
 def test_row_fp8_of_zeros_and_of_nan():
     x = torch.randn(4, 5000)
     x[1], x[2, 4999], x[3, 0] = 0, torch.nan, torch.nan
@@ -175,6 +221,7 @@ def test_linear_attention(seed, monkeypatch):
     noise, batch, frames, height, width, heads, dim = draw(seed)
     monkeypatch.setattr(fused, "PROGRAMS", 1 + seed % 3)
     monkeypatch.setattr(fused, "KEY_TOKENS", 5)
+    monkeypatch.setattr(fused, "KEY_PROGRAMS", 2)
     tokens, channels = frames * height * width, heads * dim
     weights = [noise(channels, scale=0.1) + 1 for _ in range(2)]
     qkv = noise(batch, tokens, 3 * channels)
