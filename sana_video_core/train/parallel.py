@@ -99,7 +99,7 @@ class BlockCausal:
     def attention(
         self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
         history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5,
-        eps: float = reference.ATTENTION_EPS,
+        eps: float = reference.ATTENTION_EPS, given: None = None,
     ) -> tuple[Tensor, Contribution]:
         """As ``reference.linear_attention`` (quality), with the sums of each frame ``[B, F, H, D, D]`` added as the layout
         says; float32 whatever autocast says. ``cos`` and ``sin`` are not read: both copies of a frame have one place. The
@@ -125,7 +125,7 @@ class BlockCausal:
         return torch.cat((left, x, right), -1).flatten(1, 2), x[:, -1:]
 
     def cross(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths=None, norm=None,
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths=None, norm=None, given=None,
     ) -> Tensor:
         """As ``reference.softmax_attention``; the K captions of a row stand one after another and a frame reads its own."""
         text = self.layout.text

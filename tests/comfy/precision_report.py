@@ -1,10 +1,11 @@
 """What each precision costs the embedded model, measured in ComfyUI's own layers: errors of weights and of whole passes.
 
-    .runtime/venv/bin/python tests/comfy/precision_report.py [fp8 int8 mxfp8 nvfp4] [--every] [--clips N]
+    .runtime/venv/bin/python tests/comfy/precision_report.py [fp8 int8 mxfp8 nvfp4] [--every] [--clips N] [--calibrated]
 
 On a CPU fp8, mxfp8 and nvfp4 weights are expanded for the product, so the first figure is the error of the weights alone. The
 second is that of a card which multiplies in the format: fp8 does so here too, for the others the layers' inputs are rounded.
-``--clips`` lets the judge read clips made in that second way.
+``--clips`` lets the judge read clips made in that second way. ``--calibrated``: fp8 with input scales, found on another prompt
+and other noise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import inprocess as ip
 
 TIMES = (900.0, 500.0, 100.0)
 PROMPT = "A red star bounces up and down on a navy background."
+OTHER = "A green square moves to the right on a white background."
 
 
 def weight_errors(patcher, exact: dict) -> list:
@@ -67,7 +69,19 @@ def as_on_a_card(model):
             m._full_precision_mm = old
 
 
-def velocities(patcher, caption, mask) -> torch.Tensor:
+def loaded(path: Path, precision: str, other=None):
+    """A patcher; fp8 with input scales where ``other``, a caption and its mask, is given."""
+    if other is None or precision != "fp8":
+        return ip.pack_module("nodes.loading").load_diffusion(str(path), precision)
+
+    def run(patcher) -> None:
+        with as_on_a_card(patcher.model):
+            velocities(patcher, *other, seed=1)
+
+    return ip.pack_module("nodes.calibrate").calibrated((str(path), "fp8", "auto"), run)[0]
+
+
+def velocities(patcher, caption, mask, seed: int = 0) -> torch.Tensor:
     """The network's answers to fixed noise at three times, through ComfyUI's loading. ``caption [1, L, D]``."""
     import comfy.model_management as management
 
@@ -75,16 +89,16 @@ def velocities(patcher, caption, mask) -> torch.Tensor:
     network = patcher.model.diffusion_model
     network.compute_dtype = patcher.model.get_dtype_inference()
     spec = patcher.model.spec
-    latent = torch.randn(1, spec.channels, 6, 12, 20, generator=torch.Generator().manual_seed(0)).to(network.compute_dtype)
+    latent = torch.randn(1, spec.channels, 6, 12, 20, generator=torch.Generator().manual_seed(seed))
+    latent = latent.to(network.compute_dtype)
     with torch.inference_mode():
         return torch.cat([network(latent, torch.tensor([time]), caption, attention_mask=mask).float() for time in TIMES])
 
 
-def measure(precision: str, path: Path, caption, mask) -> tuple[list, dict[str, float]]:
+def measure(precision: str, path: Path, caption, mask, other=None) -> tuple[list, dict[str, float]]:
     """(LayerErrors, {what: relative error of the whole pass}) of the model at ``path`` in ``precision``."""
-    load = ip.pack_module("nodes.loading").load_diffusion
     report, checkpoint = ip.pack_module("sana_video_core.quant.report"), ip.pack_module("sana_video_core.checkpoint")
-    plain, model = load(str(path), "fp32"), load(str(path), precision)
+    plain, model = loaded(path, "fp32"), loaded(path, precision, other)
     exact = velocities(plain, caption, mask)
     state, _ = checkpoint.read_state_dict(path)
     rows = weight_errors(model, checkpoint.convert(state, plain.model.spec))
@@ -96,12 +110,12 @@ def measure(precision: str, path: Path, caption, mask) -> tuple[list, dict[str, 
     return rows, whole
 
 
-def judged(precision: str, path: Path, clips: int) -> float:
+def judged(precision: str, path: Path, clips: int, other=None) -> float:
     """Adherence of ``clips`` clips of the embedded model in ``precision``."""
     evaluate = ip.pack_module("sana_video_core.mini.evaluate")
     judge = ip.pack_module("sana_video_core.mini.judge")
     forward = ip.pack_module("sana_video_core.dit").SanaVideoTransformer.forward
-    inner = ip.pack_module("nodes.loading").load_diffusion(str(path), precision).model
+    inner = loaded(path, precision, other).model
     inner.diffusion_model.compute_dtype = inner.get_dtype_inference()
 
     class Network(torch.nn.Module):
@@ -126,6 +140,7 @@ def main() -> None:
     parser.add_argument("precisions", nargs="*", help="default: all that this ComfyUI can")
     parser.add_argument("--every", action="store_true", help="a line for every layer")
     parser.add_argument("--clips", type=int, default=0, help="judge this many clips of each precision")
+    parser.add_argument("--calibrated", action="store_true", help="fp8 with input scales")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         ip.start(Path(work))
@@ -134,11 +149,12 @@ def main() -> None:
         text = ip.pack_module("sana_video_core.text.encode").load_text_encoder(files["text"])
         with torch.no_grad():
             caption, mask = text.positive([PROMPT])
+            other = text.positive([OTHER]) if options.calibrated else None
         for precision in options.precisions or ip.pack_module("nodes.lowbit").LOW_BIT:
-            rows, whole = measure(precision, files["transformer"], caption, mask)
+            rows, whole = measure(precision, files["transformer"], caption, mask, other)
             print(f"\n{precision}\n{table(rows, whole, options.every)}")
             if options.clips:
-                print(f"adherence of {options.clips} clips: {judged(precision, files['transformer'], options.clips):.3f}")
+                print(f"adherence of {options.clips} clips: {judged(precision, files['transformer'], options.clips, other):.3f}")
 
 
 if __name__ == "__main__":
