@@ -95,10 +95,11 @@ def calibrated_network(loading, path: Path, tiny: bool) -> Callable:
     fp8_layers = sys.modules[loading.__name__.removesuffix("loading") + "fp8_layers"]
     device = str(call.patcher.load_device)
     args = dit.inputs(work.spec, work.check_grid, 2, device, torch.bfloat16, seed=5)
-    seen = fp8_layers.calibrate(call.patcher.model.diffusion_model, lambda: call(**args))
+    scales, seen = fp8_layers.calibrate(call.patcher.model.diffusion_model, lambda: call(**args))
     spreads = sorted((inputs.spread(), name) for name, inputs in seen.items())
-    print(f"input scales of {len(seen)} layers; largest value over that of a typical channel: {spreads[0][0]:.0f} to "
-          f"{spreads[-1][0]:.0f} ({spreads[-1][1]})")
+    (least, _), (most, where) = spreads[0], spreads[-1]
+    print(f"input scales of {len(scales)} of {len(seen)} layers; largest value over that of a typical channel: {least:.0f} to "
+          f"{most:.0f} ({where})")
     return call
 
 

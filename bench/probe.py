@@ -36,6 +36,7 @@ SETTINGS = {
     "text": [(64, 8, 4, 2), (64, 16, 4, 2), (64, 4, 4, 2), (128, 4, 8, 2), (128, 8, 8, 2), (64, 8, 4, 3), (64, 8, 8, 2),
              (128, 8, 4, 2)],
     "norm_fp8": [(1,), (2,), (4,)], "residual_fp8": [(4,), (2,), (1,), (8,)], "taps_fp8": [(4,), (2,), (8,), (1,)],
+    "given_taps": [(2,), (1,), (4,), (8,)],
     "state": [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 8, 3), (32, 4, 4), (128, 8, 3), (128, 4, 2)],
     "row_fp8": [(1, 8), (2, 8), (4, 8), (1, 4), (1, 16)],
     "fp8": [(2048, 8, 4), (1024, 8, 4), (4096, 8, 8), (2048, 32, 4), (2048, 2, 4)],
@@ -180,6 +181,8 @@ def fp8() -> None:
     tune("residual_fp8", lambda: fused.residual_norm_fp8(narrow, narrow, *rows), 3.5 * narrow.nbytes)
     tune("norm_fp8", lambda: fused.modulate_norm_fp8(narrow, *rows), 1.5 * narrow.nbytes)
     tune("taps_fp8", lambda: fused.temporal_taps_fp8(narrow, FRAMES), 2.5 * narrow.nbytes)
+    given = torch.tensor(2.0**-6, device=DEVICE)
+    tune("given_taps", lambda: fused.temporal_taps_fp8(narrow, FRAMES, given=given), 2.5 * narrow.nbytes)
     for name, out, inner in (("qkv", 3 * C, C), ("proj", C, C), ("up", 2 * HIDDEN, C), ("down", C, HIDDEN), ("time", C, 3 * C)):
         (a, s), (b, t) = fused.scaled_fp8(rand(tokens, inner)), fused.scaled_fp8(rand(out, inner, scale=inner**-0.5))
         rows, columns = s.expand(tokens, 1).contiguous(), t.expand(1, out).contiguous()

@@ -78,9 +78,8 @@ def calibrated(arguments: tuple, run) -> tuple[object, str]:
     from .loading import load_diffusion
 
     patcher = load_diffusion(*arguments)
-    seen = calibrate(patcher.model.diffusion_model, lambda: run(patcher))
-    kept = {name: inputs.spread() for name, inputs in seen.items() if inputs.spread() > SPREAD}
-    scales = {name: inputs.scale() for name, inputs in seen.items() if name not in kept}
+    scales, seen = calibrate(patcher.model.diffusion_model, lambda: run(patcher))
+    kept = {name: inputs.spread() for name, inputs in seen.items() if name not in scales}
     patcher.cached_patcher_init = (load_calibrated, (arguments, scales))
     report = f"{len(scales)} of {len(seen)} fp8 layers got an input scale."
     if kept:

@@ -116,15 +116,15 @@ def fp8_layers_of(network) -> dict:
     return {name: m for name, m in network.named_modules() if getattr(m, "quant_format", None) == FORMAT}
 
 
-def calibrate(network, run) -> dict[str, Seen]:
-    """Give the network's fp8 layers the input scales that ``run()`` asks for; returns what it showed of each of their inputs.
-
-    A layer whose inputs spread too far stays as it is.
+def calibrate(network, run) -> tuple[dict[str, float], dict[str, Seen]]:
+    """Give the network's fp8 layers the input scales that ``run()`` asks for; returns these, and what it showed of the inputs of
+    all. A layer whose inputs spread too far, or are no numbers, stays as it is.
     """
     with watched(fp8_layers_of(network)) as seen:
         run()
-    set_input_scales(network, {name: inputs.scale() for name, inputs in seen.items() if inputs.spread() <= SPREAD})
-    return seen
+    scales = {name: inputs.scale() for name, inputs in seen.items() if inputs.spread() <= SPREAD}
+    set_input_scales(network, scales)
+    return scales, seen
 
 
 def set_input_scales(network, scales: dict[str, float]) -> None:

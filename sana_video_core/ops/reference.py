@@ -121,7 +121,7 @@ def softmax_attention(
     all channels of q that comes first. ``given``: see :func:`given_fp8`.
     """
     if given is not None:
-        return _at(softmax_attention(q, k, v, heads, mask, lengths, norm), given)
+        return given_fp8(softmax_attention(q, k, v, heads, mask, lengths, norm), given)
     if norm is not None:
         q = rms_norm(q, *norm)
     if lengths is not None:
@@ -145,7 +145,7 @@ def gated_depthwise(
     see :func:`given_fp8`; out is then in E4M3.
     """
     if given is not None:
-        values = _at(gated_depthwise(x, weight, bias, grid, overwrite), given).values
+        values = given_fp8(gated_depthwise(x, weight, bias, grid, overwrite), given).values
         return Rows(values if out is None else out.copy_(values), given)
     batch, tokens, channels = x.shape
     frames = F.silu(x, inplace=overwrite).reshape(-1, *grid, channels).permute(0, 3, 1, 2)  # a channels-last view, no copy
@@ -203,7 +203,7 @@ def temporal_taps(u: Tensor, frames: int, tail: Tensor | None = None) -> tuple[T
 
 def _rows(x: Tensor, given: Tensor | None = None) -> Rows:
     """:func:`row_fp8`, or :func:`given_fp8` a scale that is given."""
-    return row_fp8(x) if given is None else _at(x, given)
+    return row_fp8(x) if given is None else given_fp8(x, given)
 
 
 def modulate_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, given: Tensor | None = None) -> Rows:
@@ -222,7 +222,7 @@ def residual_norm_fp8(
 def gated_residual_fp8(x: Tensor, y: Tensor, gate: Tensor, *, given: Tensor) -> tuple[Tensor, Rows]:
     """:func:`gated_residual`, and the same as :class:`Rows`."""
     total = gated_residual(x, y, gate)
-    return total, _at(total, given)
+    return total, given_fp8(total, given)
 
 
 def temporal_taps_fp8(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from comfygraphs import graph, ksampler, sampled
-from safetensors.torch import save_file
 from test_lowbit import load, quantised, same_weights, tiny
 
 import inprocess as ip
@@ -54,14 +53,18 @@ def test_scales_hold_what_the_run_showed(world):
 
 
 def test_comfyui_can_load_it_again_and_a_saved_file_says_the_same(world):
-    patcher = run(calibrated_graph()).output("5")
+    prompt = calibrated_graph() | {"40": node("ModelSave", model=("5", 0), filename_prefix="calibrated")}
+    outcome = run(prompt)
+    assert outcome.ok, outcome.error
+    patcher = outcome.output("5")
     again, arguments = patcher.cached_patcher_init
     for dynamic in (False, True):
         other = again(*arguments, disable_dynamic=dynamic)
         assert scales(other) == scales(patcher) and same_weights(other, patcher)
-    path = world.work / "diffusion_models" / "calibrated.safetensors"
-    save_file({key: t.contiguous() for key, t in patcher.model.diffusion_model.state_dict().items()}, path)
-    assert scales(load(path)) == scales(patcher)
+    saved, = (world.work / "output").glob("calibrated_*.safetensors")
+    reloaded = load(saved)
+    assert scales(reloaded) == scales(patcher) and same_weights(reloaded, patcher)
+    assert not any(m._full_precision_mm_config for m in quantised(reloaded).values())
     once_more = ip.pack_module("nodes.calibrate").plain_fp8(patcher)
     assert once_more[0] == str(tiny(world)) or once_more[0].endswith("tiny.safetensors")
 
@@ -84,6 +87,19 @@ def test_loras_and_models_of_others_are_refused(world):
     patcher.add_patches({key: ("diff", (torch.zeros(128, 128),))})
     with pytest.raises(error, match="without LoRAs"):
         plain_fp8(patcher)
+
+
+def test_inputs_that_are_no_numbers_give_no_scales(world):
+    """Neither now nor when ComfyUI loads the model again."""
+    x, text = torch.full((1, 16, 3, 4, 6), torch.nan), torch.randn(1, 9, 64)
+
+    def look(patcher):
+        with torch.inference_mode():
+            patcher.model.diffusion_model(x, torch.tensor([400.0]), text)
+
+    patcher, report = ip.pack_module("nodes.calibrate").calibrated((str(tiny(world)), "fp8", "auto"), look)
+    again, arguments = patcher.cached_patcher_init
+    assert not scales(patcher) and not scales(again(*arguments)) and "0 of 14" in report
 
 
 def test_a_layer_whose_inputs_spread_too_far_keeps_its_form(world, monkeypatch):
