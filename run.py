@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> int:
         if options.command == "test":
             return testing.run_tests(env, options.rest)
         command = [env.python, Path(__file__).resolve(), "--inside", options.command, *options.rest]
-        return follow([str(part) for part in command], env.child_env())
+        alike = testing.ALIKE if options.command == "golden" else {}
+        return follow([str(part) for part in command], env.child_env(**alike))
     except places.RunError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Check every golden file of a directory: ``python3 run.py golden DIR [--allow-unsupported] [--details]``.
+"""Check every golden file of a directory: ``python3 run.py golden DIR [--allow-unsupported] [--details] [--json FILE]``.
 
 One row a file: its name, its kind, how many tensors were compared, the worst error beside its tolerance, and the verdict.
 Exit status 0 when everything holds, 1 on a miss, an unreadable file or (without ``--allow-unsupported``) a kind that this
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -66,6 +67,12 @@ class Row:
     @property
     def strain(self) -> float:
         return max((c.strain for c in self.report.checks), default=math.inf)
+
+    @property
+    def record(self) -> dict:
+        """What a program may want to know of it."""
+        return {"kind": self.kind, "verdict": self.verdict, "reason": self.reason, "misses": self.misses,
+                "notes": self.report.notes}
 
     @property
     def misses(self) -> list[str]:
@@ -131,6 +138,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--allow-unsupported", action="store_true", help="kinds that cannot be checked yet are no failure")
     parser.add_argument("--details", action="store_true", help="print every comparison")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts there as well")
     options = parser.parse_args(arguments)
     if not options.directory.is_dir():
         print(f"{options.directory} is not a directory", file=sys.stderr)
@@ -141,6 +149,8 @@ def main(arguments: list[str]) -> int:
         print(f"{options.directory} holds no .safetensors files", file=sys.stderr)
         return 2
     show(rows, options.details)
+    if options.json:
+        options.json.write_text(json.dumps({row.name: row.record for row in rows}), encoding="utf-8")
     count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in (PASS, FAIL, UNSUPPORTED)}
     print(f"{len(rows)} files: {count[PASS]} pass, {count[FAIL]} fail, {count[UNSUPPORTED]} unsupported")
     return int(bool(count[FAIL] or (count[UNSUPPORTED] and not options.allow_unsupported)))

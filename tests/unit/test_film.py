@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -276,9 +277,24 @@ def test_decoder_memory_is_rebuilt_exactly():
     assert torch.equal(torch.cat(list(vae.decode_stream(z, cache)), 2), full)
 
 
-def test_fragments_need_frames():
-    from fractions import Fraction
+def test_the_same_pixels_always_give_the_same_bytes(whole):
+    """With a decoder at work in between, memory that the encoder is given holds something else every time."""
+    stream, made = WanStream(tiny_vae()), set()
+    with Film(whole, write=False) as film:
+        before, latent = film.latents_before(5, stream.memory), film.latent(5)
+    stream.start(before)
+    pixels = list(stream.decode(latent))
 
+    def while_decoding():
+        stream.start(before)
+        yield from (known for _, known in zip(stream.decode(latent), pixels, strict=True))
+
+    for _ in range(60):
+        made.add(encode_fragment(while_decoding(), 21, 5, Fraction(16)))
+    assert len(made) == 1
+
+
+def test_fragments_need_frames():
     with pytest.raises(SanaVideoError, match="without frames"):
         encode_fragment([], 0, 0, Fraction(16))
 
