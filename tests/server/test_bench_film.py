@@ -13,7 +13,8 @@ def test_films_on_the_server_are_measured_and_play_while_they_grow(server, tmp_p
                              servers=lambda base, log: contextlib.nullcontext(server))
     rows = {row["name"]: row for row in report.rows}
     assert all(check["green"] for check in report.checks)
-    assert rows["film_server_plays_60s"]["value"] == film_server.TINY_BLOCKS["60s"]
+    # The file with the last block is replaced by the finished one at once: whether it is seen growing that far is luck.
+    assert rows["film_server_plays_60s"]["value"] >= film_server.TINY_BLOCKS["60s"] - 1
     assert rows["film_server_fps_30s"]["value"] > 0 and rows["film_server_fps_30s"]["ratio_vs_at_once"] > 0
     assert rows["film_server_host_peak_60s"]["value"] > 0.1
     assert not (server.base / "output" / "sana_video" / "bench_60s").exists()
