@@ -15,7 +15,7 @@ from .places import ROOT, RunError
 NEEDED = ("pytest", "pytest_timeout", "xdist", "hypothesis", "playwright")
 MOST = 4  # processes, and threads of each
 # Goldens are compared to the rounding of float32. MKL's products and exponentials round by the kind of processor unless asked for
-# what it computes alike on all of them: with its AVX2 or AVX-512 code errors of 3.5e-6 were seen, with this 0.3e-6 at most.
+# what it computes alike on all of them: with its AVX-512 code errors reached 3.5 times their tolerance, with this 0.6 of it.
 ALIKE = {"MKL_CBWR": "COMPATIBLE"}
 
 

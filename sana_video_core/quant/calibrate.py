@@ -2,7 +2,9 @@
 
 A layer with such a scale gets its input from the operator before, already in E4M3; without one every row needs its largest value
 first, and where an operator does not hold whole rows that is one pass more over them. E4M3 keeps its four bits over a range of
-28,672, so one scale for all serves whatever does not spread further. Not covered: the weights (``nodes/lowbit.py``).
+28,672, so one scale for all serves whatever does not spread further. What a typical channel holds decides it and not the largest
+value that a short run happens to show: small values keep their bits all the same, and all the room that is left is above.
+Not covered: the weights (``nodes/lowbit.py``).
 """
 
 from __future__ import annotations
@@ -18,10 +20,9 @@ from torch import Tensor, nn
 from ..ops import Rows
 from .formats import E4M3_MAX
 
-HEADROOM = 2.0  # how much larger than any that was seen an input may be before it is cut
-# An input whose largest value is so many times that of a typical channel keeps a scale a row or 16 bits (policy.RESIDUAL): with
-# the headroom and the rounding up, values of a fourteenth of such a channel's still have all bits.
-SPREAD = 512.0
+ROOM = 1024.0  # what fits, over a typical channel's size: with the rounding up, a fourteenth of that size still has all bits
+HEADROOM = 2.0  # how much larger than any that was seen an input may be, at least, before it is cut
+SPREAD = ROOM / HEADROOM  # an input that spreads further keeps a scale a row or 16 bits (policy.RESIDUAL)
 
 
 @dataclass
@@ -32,17 +33,19 @@ class Seen:
     squares: Tensor
     rows: int
 
+    def typical(self) -> float:
+        """The root mean square of the channel in the middle."""
+        return float((self.squares / self.rows).sqrt().median())
+
     def spread(self) -> float:
-        """The largest value over the root mean square of the channel in the middle."""
-        typical = float((self.squares / self.rows).sqrt().median())
+        """The largest value over :meth:`typical`."""
+        typical = self.typical()
         return float(self.largest.max()) / typical if typical > 0 else math.inf
 
     def scale(self) -> float:
         """The scale of a file's ``input_scale``: a power of two, which every way to divide by it gets exactly."""
-        largest = float(self.largest.max())
-        if not 0 < largest < math.inf:
-            return math.nan
-        return 2.0 ** math.ceil(math.log2(largest * HEADROOM / E4M3_MAX))
+        typical = self.typical()
+        return 2.0 ** math.ceil(math.log2(typical * ROOM / E4M3_MAX)) if 0 < typical < math.inf else math.nan
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def test_a_short_run_gives_every_layer_a_scale_and_leaves_the_given_model_alone(
 
 
 def test_scales_hold_what_the_run_showed(world):
-    """On a card that multiplies in E4M3 no input of the same run would be cut, and none wastes more than two bits."""
+    """On a card that multiplies in E4M3 inputs twice as large as those of the same run would not be cut."""
     calibrate = ip.pack_module("nodes.calibrate")
     core = ip.pack_module("sana_video_core.quant.calibrate")
     layers, x = ip.pack_module("nodes.fp8_layers"), torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(3))
@@ -48,8 +48,8 @@ def test_scales_hold_what_the_run_showed(world):
     with core.watched(layers.fp8_layers_of(patcher.model.diffusion_model)) as seen:
         look(patcher)
     for name, scale in scales(patcher).items():
-        largest = float(seen[name].largest.max())
-        assert core.HEADROOM * largest <= 448 * scale < 2 * core.HEADROOM * largest * 1.001
+        assert core.HEADROOM * float(seen[name].largest.max()) <= 448 * scale
+        assert core.ROOM * seen[name].typical() <= 448 * scale * 1.001 < 2 * core.ROOM * seen[name].typical() * 1.002
 
 
 def test_comfyui_can_load_it_again_and_a_saved_file_says_the_same(world):
@@ -65,8 +65,8 @@ def test_comfyui_can_load_it_again_and_a_saved_file_says_the_same(world):
     reloaded = load(saved)
     assert scales(reloaded) == scales(patcher) and same_weights(reloaded, patcher)
     assert not any(m._full_precision_mm_config for m in quantised(reloaded).values())
-    once_more = ip.pack_module("nodes.calibrate").plain_fp8(patcher)
-    assert once_more[0] == str(tiny(world)) or once_more[0].endswith("tiny.safetensors")
+    plain_fp8 = ip.pack_module("nodes.calibrate").plain_fp8
+    assert plain_fp8(patcher) == plain_fp8(outcome.output("1"))  # it may be calibrated once more
 
 
 @pytest.mark.parametrize(("precision", "words"), [("bf16", "nothing to calibrate"), ("int8", "nothing to calibrate")])

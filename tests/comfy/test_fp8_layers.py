@@ -123,6 +123,7 @@ def test_torch_compile_takes_scaled_inputs(world):
     with torch.inference_mode():
         assert relative(torch.compile(layer, backend="eager")(x), layer(x)) < SAME
 
+
 def test_the_network_hands_over_rows_at_a_calibrated_scale(world, monkeypatch):
     """A whole network whose layers have input scales: each operator writes in E4M3 what core's layers would make of its
     output (a power of two: core rounds others to bfloat16)."""

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from kernelcases import flat
 
 from sana_video_core import SPECS, ops
 from sana_video_core.dit import SanaVideoTransformer, layers
@@ -29,10 +30,6 @@ def noise(generator, *shape, scale=1.0):
 
 def wide(args):
     return tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args)
-
-
-def flat(value) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in flat(part)]
 
 
 def close_enough(name: str, args: tuple) -> None:

@@ -19,6 +19,11 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *a, f=function, **k: f(*a, **k).fill_(float("nan")))
 
 
+def flat(value) -> list[torch.Tensor]:
+    """All tensors of an operator's answer."""
+    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in flat(part)]
+
+
 def as_on_a_card(monkeypatch, operators, backend: str, functions: dict, **changes) -> None:
     """Let the CPU pass for a card with ``backend`` of some operators: {name: a function in its backend's place, or None}.
     ``changes`` to what they declare."""

@@ -6,15 +6,11 @@ import random
 
 import pytest
 import torch
-from kernelcases import CASES, close, draw, poisoned_memory, scattered, wide  # noqa: F401  (a fixture)
+from kernelcases import CASES, close, draw, flat, poisoned_memory, scattered, wide  # noqa: F401  (a fixture)
 
 from sana_video_core.dit.embeddings import rope_table
 from sana_video_core.ops import fused, reference
 from sana_video_core.ops.reference import Contribution
-
-
-def flat(value) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in flat(part)]
 
 
 def same_e4m3(found, expected) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from kernelcases import flat
 
 from longvideo import tiny_model
 from sana_video_core import ops
@@ -42,10 +43,6 @@ def arguments() -> dict[str, list[tuple]]:
         "modulate_norm_fp8": [(x, shift, scale)], "residual_norm_fp8": [(x, y, shift, scale)],
         "temporal_taps_fp8": [(x, GRID[0]), (x, GRID[0], noise(BATCH, 1, 6, WIDTH))],
     }
-
-
-def flat(value) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in flat(part)]
 
 
 @pytest.mark.parametrize("name", [f.__name__ for f in library.COMPILED])

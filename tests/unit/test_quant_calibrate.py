@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sana_video_core.ops import reference
-from sana_video_core.quant.calibrate import HEADROOM, SPREAD, watched
+from sana_video_core.quant.calibrate import HEADROOM, ROOM, SPREAD, watched
 from sana_video_core.quant.formats import E4M3_MAX
 
 
@@ -35,14 +35,21 @@ def test_the_largest_of_all_inputs_and_the_mean_over_them():
 
 
 @pytest.mark.parametrize("size", [1e-6, 0.3, 7.0, 448.0, 3e4])
-def test_a_scale_is_a_power_of_two_with_headroom(size):
-    x = torch.zeros(4, 8)
-    x[1, 2] = -size
+def test_a_scale_is_a_power_of_two_with_room_above_what_is_typical(size):
+    x = torch.full((4, 8), size)
+    x[1, 2] = -SPREAD * size
     scale = seen_of(x).scale()
     assert math.log2(scale) == round(math.log2(scale))
-    assert HEADROOM * size <= scale * E4M3_MAX < 2 * HEADROOM * size * (1 + 1e-6)
-    values = reference.given_fp8(x, torch.tensor(scale)).values.float() * scale
-    assert float(values[1, 2]) == pytest.approx(-size, rel=2**-4)
+    assert HEADROOM * SPREAD * size <= scale * E4M3_MAX * (1 + 1e-6) and scale * E4M3_MAX < 2 * ROOM * size * (1 + 1e-6)
+    values = reference.given_fp8(HEADROOM * x, torch.tensor(scale)).values.float() * scale
+    assert float(values[1, 2]) == pytest.approx(-HEADROOM * SPREAD * size, rel=2**-4)
+
+
+def test_a_larger_value_in_one_run_changes_no_scale():
+    x = torch.randn(64, 8)
+    scale = seen_of(x).scale()
+    x[5, 3] = 50.0
+    assert seen_of(x).scale() == scale
 
 
 def test_rows_count_as_what_they_stand_for():
@@ -69,10 +76,9 @@ def test_inputs_of_zeros_or_nan_get_no_scale():
 
 
 def test_values_far_below_the_largest_keep_their_bits():
-    """What SPREAD promises: a fourteenth of a typical channel's size still has an error of a sixteenth at most."""
-    typical = 1.0
-    x = torch.full((1, 8), typical / 14)
-    x[0, 0] = SPREAD * typical
+    """What ROOM promises: a fourteenth of a typical channel's size still has an error of a sixteenth at most."""
+    x = torch.ones(64, 8)
+    x[0], x[1, 0] = 1 / 14, SPREAD
     scale = torch.tensor(seen_of(x).scale())
     back = reference.given_fp8(x, scale).values.float() * scale
     assert float((back / x - 1).abs().max()) <= 2**-4
