@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 
 import torch
 
@@ -40,7 +41,17 @@ def with_scaled_inputs(operations):
             scale = getattr(self, "input_scale", None)
             return None if scale is None else cast_to_device(scale, x.device, torch.float32).reshape(())
 
+        def adds_rows(self, x, gate=None) -> bool:
+            """Whether this layer's product adds itself to tokens like ``x``, where it gets ``ops.OntoRows``."""
+            like = ops.Rows(x, x)  # all that is asked of a matrix before there is one is how many channels it has
+            return self.takes_rows(x) and ops.add_product_fp8.choose(x, like, like, None, gate)[0] != "reference"
+
         def forward(self, input, *args, **kwargs):
+            if isinstance(input, ops.OntoRows):
+                y = ops.row_fp8(input.y) if isinstance(input.y, torch.Tensor) else input.y
+                rows = quantised(*y, self.layout_type, input.x.dtype)
+                rows.onto = input
+                return super().forward(rows, *args, **kwargs)
             dtype = torch.bfloat16
             if not isinstance(input, ops.Rows):
                 if not takes_scaled_input(self, input):
@@ -52,12 +63,15 @@ def with_scaled_inputs(operations):
 
         def _forward(self, input, weight, bias):
             scale = getattr(getattr(input, "_params", None), "scale", None)
+            if (onto := getattr(input, "onto", None)) is not None:
+                return ops.add_product_fp8(
+                    onto.x, ops.Rows(input._qdata, scale), ops.Rows(weight._qdata, weight._params.scale), bias, onto.gate,
+                    onto.extra, frames=onto.frames, given=onto.given)
             if scale is None or scale.ndim != 2 and not in_rows(self, input, weight):
                 return super()._forward(input, weight, bias)
-            own, rows = weight._params.scale, scale
-            if scale.ndim != 2:
-                own, rows = own * scale, ones(input.device, len(input))
-            return row_product(input._qdata, rows, weight._qdata, own, bias, input._params.orig_dtype)
+            rows = scale if scale.ndim == 2 else ones(input.device, len(input))
+            columns = columns_of(self, weight, None if scale.ndim == 2 else scale)
+            return row_product(input._qdata, rows, weight._qdata, columns, bias, input._params.orig_dtype)
 
     return type(operations.__name__, (operations,), {"Linear": Linear})
 
@@ -66,6 +80,27 @@ def with_scaled_inputs(operations):
 def ones(device: torch.device, rows: int):
     """``[rows, 1]`` float32: the scale a row of an input with one for all, which then goes to the weight's."""
     return torch.ones(rows, 1, device=device)
+
+
+COLUMNS = weakref.WeakKeyDictionary()  # {layer: (its weight and input scale, both weakly; device and which scales; columns)}
+
+
+def columns_of(layer, weight, scale):
+    """``[1, M]``: the scale of ``weight``, times ``scale`` where there is one. Kept as long as the layer has the same weight and
+    input scale: made anew for every product, they were a quarter of a step's launches."""
+    if torch.compiler.is_compiling():
+        return columns(weight._params.scale, scale, len(weight))
+    own, given, place = layer.weight, getattr(layer, "input_scale", None), (weight.device, scale is None)
+    kept = COLUMNS.get(layer)
+    if kept is None or kept[0]() is not own or kept[1]() is not given or kept[2] != place:
+        made = columns(weight._params.scale, scale, len(weight))
+        kept = COLUMNS[layer] = weakref.ref(own), (lambda: None) if given is None else weakref.ref(given), place, made
+    return kept[3]
+
+
+def columns(own, scale, count: int):
+    own = (own if scale is None else own * scale).float()
+    return own.reshape(1, 1).expand(1, count).contiguous()
 
 
 def in_rows(layer, x, weight) -> bool:
@@ -106,9 +141,8 @@ def quantised(values, scale, layout: str, dtype):
 
 
 def row_product(x, x_scale, weight, weight_scale, bias, dtype):
-    """``(x * x_scale) (weight * weight_scale)^T + bias``: E4M3 ``x [N, C]``, ``weight [M, C]``, scales ``[N, 1]`` and ``[]``."""
-    columns = weight_scale.float().reshape(1, 1).expand(1, len(weight)).contiguous()
-    return torch._scaled_mm(x.contiguous(), weight.t(), x_scale, columns, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    """``(x * x_scale) (weight * weight_scale)^T + bias``: E4M3 ``x [N, C]``, ``weight [M, C]``, scales ``[N, 1]``, ``[1, M]``."""
+    return torch._scaled_mm(x.contiguous(), weight.t(), x_scale, weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
 
 
 def fp8_layers_of(network) -> dict:
@@ -146,7 +180,7 @@ def multiplies_rows(device: torch.device) -> bool:
         return False
     x, scale = torch.ones(16, 32, device=device).to(torch.float8_e4m3fn), torch.full((16, 1), 2.0, device=device)
     try:
-        found = row_product(x, scale, x, torch.ones((), device=device), None, torch.bfloat16)
+        found = row_product(x, scale, x, torch.ones(1, 16, device=device), None, torch.bfloat16)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         log.info("fp8 with one scale for all rows: this device has no product with a scale a row (%s)", str(error)[:120])
         return False

@@ -53,20 +53,6 @@ class Text(NamedTuple):
     read: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
-def valid_lengths(mask: Tensor | None) -> tuple[int, ...] | None:
-    """Valid text tokens of each row when they come first in every row, else None (then the mask does the work).
-
-    One wait for the device unless the mask is on the CPU; left out where it would break a compiled graph or split a batch
-    of training.
-    """
-    if mask is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return None
-    rows = mask.cpu()
-    lengths = rows.sum(-1)
-    leading = torch.arange(rows.shape[1]) < lengths[:, None]
-    return tuple(lengths.tolist()) if bool((leading == rows).all() & (lengths > 0).all()) else None
-
-
 def takes_rows(linear: nn.Module, x: Tensor) -> bool:
     """Whether ``linear`` wants inputs like ``x`` as :class:`ops.Rows`, and so their scaling done by what makes them.
 
@@ -113,11 +99,25 @@ def add_onto(linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None = None
     return given.offset
 
 
+def adds_rows(linear: nn.Module, x: Tensor, gate: Tensor | None = None) -> bool:
+    """Whether ``linear`` adds its output to tokens like ``x`` itself, times ``gate``, where it gets :class:`ops.OntoRows`.
+
+    A method of this name in the layer's class says so, as with :func:`takes_rows`.
+    """
+    adds = getattr(linear, "adds_rows", None)
+    return adds is not None and untouched(linear) and adds(x, gate)
+
+
 def _modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor | ops.Rows:
     """``ops.modulate_norm`` in the form that ``linear`` reads."""
     if takes_rows(linear, x):
         return ops.modulate_norm_fp8(x, shift, scale, given=linear.input_scale_of(x))
     return ops.modulate_norm(x, shift, scale)
+
+
+def _widened(x: Tensor, other: Tensor) -> Tensor:
+    """One row for all as a view of as many as ``other`` has; others as they are."""
+    return x.expand(len(other), *x.shape[1:]) if len(x) < len(other) else x
 
 
 def _here(p: Tensor, x: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class CrossAttention(nn.Module):
     def mix(self, x: Tensor | ops.Rows, ctx: Context) -> Tensor | ops.Rows:
         """As ``forward``, before the output projection, in the form that this reads."""
         k, v = self.read(ctx.text) if ctx.read is None else ctx.read
-        q = self.q_linear(x)
+        q = _widened(self.q_linear(x), k)
         norm = _here(self.q_norm.weight, q), self.q_norm.eps
         return ops.softmax_attention(q, k, v, self.heads, ctx.mask, ctx.lengths, norm, given=scale_of(self.proj, q))
 
@@ -332,6 +332,19 @@ class MixFFN(nn.Module):
         return u, self.t_conv(taps), own_tail
 
 
+    def add_onto(
+        self, x: Tensor, normed: Tensor | ops.Rows, grid: tuple[int, int, int], tail: Tensor | None, gate: Tensor,
+    ) -> Tensor:
+        """``x + gate * forward(normed)`` in the place of x; returns the block's tail. For a ``t_conv`` that :func:`adds_rows`."""
+        u, frames = self.spatial(normed, grid[1:]), grid[0]
+        given = scale_of(self.t_conv, u)
+        if given is None:
+            self.t_conv(ops.OntoRows(ops.temporal_taps_fp8(u, frames, tail)[0], x, gate, u))
+        else:
+            self.t_conv(ops.OntoRows(ops.framed_fp8(u, frames, tail, given=given), x, gate, u, frames))
+        return u.unflatten(1, (frames, -1))[:, -1:]
+
+
 def _pieces(x: Tensor | ops.Rows, size: int) -> list[Tensor] | list[ops.Rows]:
     """Tokens of all rows one after the other, ``size`` at a time."""
     if isinstance(x, ops.Rows):
@@ -354,9 +367,13 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, ctx: Context, history: LayerState | None = None, spend: bool = False,
     ) -> tuple[Tensor, LayerState]:
-        """Tokens ``[B, N, C]`` and the state that a commit would store. ``spend``: x may be overwritten."""
+        """Tokens ``[B, N, C]`` and the state that a commit would store. ``spend``: x may be overwritten.
+
+        x may be one row for all, which texts then tell apart; the state is of that one.
+        """
         table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
+        shift1, scale1, gate1 = shift1[:len(x)], scale1[:len(x)], gate1[:len(x)]
         past = None if history is None else history.tail
         normed, offset = _modulated(self.attn.qkv, x, shift1, scale1), None
         if self._adds_onto(x, gate1, ctx.grid[0], past):
@@ -365,9 +382,12 @@ class Block(nn.Module):
             offset = add_onto(self.attn.proj, x, mixed, gate1)
             del mixed  # its memory is wanted below
             seen = self.cross_attn.mix(x if offset is None else ops.Shifted.of(x, offset), ctx)
+            x = _widened(x, shift2).contiguous()
             offset = add_onto(self.cross_attn.proj, x, seen, None, offset)
             del seen
             normed = ops.modulate_norm(x, shift2, scale2, offset=offset)
+        elif self._adds_rows(x, gate1):
+            return self._forward_onto_rows(x if spend else x.clone(), normed, ctx, history, (gate1, shift2, scale2, gate2))
         else:
             attended, own = self.attn(normed, ctx, history)
             x, normed = self._attend_and_norm(x, attended, ctx, gate1, shift2, scale2)
@@ -378,6 +398,29 @@ class Block(nn.Module):
         else:
             x = ops.gated_residual(x, spatial, gate2, temporal)
         return x, LayerState(own.vk, own.ksum, tail)
+
+    def _forward_onto_rows(
+        self, x: Tensor, normed: Tensor | ops.Rows, ctx: Context, history: LayerState | None, rows: tuple[Tensor, ...],
+    ) -> tuple[Tensor, LayerState]:
+        """As ``forward`` after the first norm, each part added to x by the product that ends it (``ops/onto_fp8.py``)."""
+        gate1, shift2, scale2, gate2 = rows
+        mixed, own = self.attn.mix(normed, ctx, history)
+        asking = self.attn.proj(ops.OntoRows(mixed, x, gate1, given=scale_of(self.cross_attn.q_linear, x)))
+        del mixed, normed  # their memory is wanted below
+        seen = self.cross_attn.mix(asking, ctx)
+        x = _widened(x, shift2).contiguous()
+        self.cross_attn.proj(ops.OntoRows(seen, x))
+        del asking, seen
+        normed = _modulated(self.mlp.inverted_conv.conv, x, shift2, scale2)
+        tail = self.mlp.add_onto(x, normed, ctx.grid, None if history is None else history.tail, gate2)
+        return x, LayerState(own.vk, own.ksum, tail)
+
+    def _adds_rows(self, x: Tensor, gate: Tensor) -> bool:
+        """Whether all that is added to the tokens is added in E4M3 by its own product."""
+        return (
+            not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+            and all(map(untouched, (self.attn, self.cross_attn, self.mlp)))
+            and all(adds_rows(linear, x, gate) for linear in (self.attn.proj, self.cross_attn.proj, self.mlp.t_conv)))
 
     def _attend_and_norm(
         self, x: Tensor, attended: Tensor, ctx: Context, gate: Tensor, shift: Tensor, scale: Tensor,
@@ -390,6 +433,7 @@ class Block(nn.Module):
         else:
             x, asking = ops.gated_residual_fp8(x, attended, gate, given=given)
         seen = self.cross_attn(asking, ctx)
+        x = _widened(x, seen)
         if takes_rows(up, x):
             return ops.residual_norm_fp8(x, seen, shift, scale, given=up.input_scale_of(x))
         return ops.residual_norm(x, seen, shift, scale)

@@ -16,7 +16,8 @@ from ..errors import SanaVideoError
 from ..specs import ModelSpec
 from ..state import LayerState, RecurrentState, check_fits, layers_on
 from .embeddings import rope_table, time_sinusoid, unpatchify
-from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, Text, TimeEmbed, untouched, valid_lengths
+from .layers import Block, CaptionEmbed, Context, FinalLayer, PatchEmbed, RMSNorm, Text, TimeEmbed, untouched
+from .look import look
 
 BlockHook = Callable[[int, Callable[..., Tensor], Tensor], Tensor]
 
@@ -66,7 +67,7 @@ class SanaVideoTransformer(nn.Module):
         2 * depth * width values a token (2B: 21 MB for 120 tokens in bf16). Good as long as the weights stay the same.
         """
         def read() -> Text:
-            text = self._text(caption, caption_mask)
+            text = self._text(caption, caption_mask, self._look(caption, caption_mask)[0])
             most = None if text.lengths is None else max(text.lengths)
             pairs = [[t[:, :most].contiguous() for t in block.cross_attn.read(text.features)] for block in self.blocks]
             return text._replace(features=None, read=tuple(map(tuple, pairs)))
@@ -77,12 +78,17 @@ class SanaVideoTransformer(nn.Module):
         """The dtype of the arithmetic."""
         return self.final_layer.scale_shift_table.dtype if self.compute_dtype is None else self.compute_dtype
 
-    def _text(self, caption: Tensor, mask: Tensor | None) -> Text:
+    def _look(self, caption: Tensor | Text, mask: Tensor | None, *parts: Tensor) -> tuple[tuple[int, ...] | None, bool]:
+        """See :func:`look`. In parity mode nothing is known: leaving masked text out sums in another order."""
+        if isinstance(caption, Text):
+            return None, False
         self._check_text(caption, mask)
+        return (None, False) if self.parity else look(None if mask is None else mask.bool(), *parts)
+
+    def _text(self, caption: Tensor, mask: Tensor | None, lengths: tuple[int, ...] | None) -> Text:
+        caption = caption if lengths is None else caption[:, :max(lengths)]
         features = self.attention_y_norm(self.y_embedder(caption.to(self._dtype())))
-        mask = None if mask is None else mask.bool()
-        lengths = None if self.parity else valid_lengths(mask)  # leaving masked text out sums in another order
-        return Text(features, None if mask is None or lengths is not None else mask.to(caption.device), lengths)
+        return Text(features, None if mask is None or lengths is not None else mask.bool().to(caption.device), lengths)
 
     def commit(
         self, latent: Tensor, caption: Tensor | Text, caption_mask: Tensor | None = None, *,
@@ -134,6 +140,7 @@ class SanaVideoTransformer(nn.Module):
     ) -> Tensor | None:
         """The network; every block's contribution is appended to ``layers`` when a list is given."""
         self._check(latent, timestep)
+        lengths, alike = self._look(caption, caption_mask, latent, timestep)
         dtype = self._dtype()
         grid = tuple(n // p for n, p in zip(latent.shape[2:], self.spec.patch))
         history: tuple[LayerState | None, ...] = (None,) * len(self.blocks)
@@ -148,21 +155,23 @@ class SanaVideoTransformer(nn.Module):
         times = timestep if timestep.ndim == 2 else timestep[:, None]
         time = self.t_embedder(time_sinusoid(times, truncate=self.truncate_times).to(dtype))
         rows = self.t_block(time).unflatten(-1, (6, -1))
-        text = caption if isinstance(caption, Text) else self._text(caption, caption_mask)
+        text = caption if isinstance(caption, Text) else self._text(caption, caption_mask, lengths)
         ctx = Context(grid, rows, text.features, text.mask, cos, sin, text.lengths)
         x = self.x_embedder(latent.to(dtype))
         own = all(untouched(block) for block in self.blocks)  # nobody keeps what goes into a block or comes out of it
+        alike = alike and own and state is None and layers is None
         for i, block in enumerate(self.blocks):
             ctx = ctx._replace(read=text.read[i]) if text.read else ctx
             if state_only and i == len(self.blocks) - 1:
                 layers.append(block.contribution(x, ctx, history[i]))
                 return None
-            x = self._run_block(i, block, x, ctx, history[i], on_block, layers, own)
+            x = self._run_block(i, block, x, ctx, history[i], on_block, layers, own, alike and i == 0)
         return unpatchify(self.final_layer(x, time), grid, self.spec.patch)
 
     @staticmethod
-    def _run_block(i, block, x, ctx, history, on_block, layers, own: bool) -> Tensor:
+    def _run_block(i, block, x, ctx, history, on_block, layers, own: bool, alike: bool) -> Tensor:
         def call(tokens: Tensor, spend: bool = False) -> Tensor:
+            tokens = tokens[:1] if alike and spend else tokens  # of rows that are the same the block makes one, up to the text
             out, layer = block(tokens, ctx, history, spend and own)
             if layers is not None:  # the tail is a view of all frames; a state must hold the last one only
                 layers.append(layer._replace(tail=layer.tail.clone()))

@@ -214,11 +214,11 @@ def softmax_attention(
     norm: tuple[Tensor, float] | None = None, *, given: Tensor | None = None,
 ) -> Tensor | Rows:
     """See ``reference.softmax_attention``, for rows of several ``lengths``: every row by itself, into one result."""
-    q = q.contiguous()
+    q = q if q.stride()[1:] == (q.shape[2], 1) else q.contiguous()  # one row may stand for all
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     batch, tokens, channels = q.shape
     dim, kernels, fp8 = channels // heads, _kernels("kernels_text"), given is not None
-    out = torch.empty_like(q, dtype=torch.float8_e4m3fn if fp8 else None)
+    out = torch.empty(q.shape, device=q.device, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
     weight, eps = (q, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
     factor = torch.empty(tokens, device=q.device, dtype=torch.float32)  # neither is touched without a norm
     rows, tiles, warps, stages = _setting("text", q)

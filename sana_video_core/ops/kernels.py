@@ -290,6 +290,29 @@ def given_taps_kernel(
         _given_taps(u, tail, out, row, past, inverse, frame, frames, size, b, b < C, C, HAS_TAIL, NATIVE)
 
 
+@triton.jit(do_not_specialize=["frames", "size"])
+def framed_fp8_kernel(
+    u, tail, out, given, frames, size, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, HAS_TAIL: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One token of ``frames + 2`` frames over ``given []``: first ``tail`` (or zeros), then u, then zeros."""
+    token, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    frame, batch = which % (frames + 2), which // (frames + 2)
+    inside = (frame > 0) & (frame <= frames)
+    from_tail = HAS_TAIL & (frame == 0)
+    inverse = 1.0 / tl.load(given)
+    kind = out.dtype.element_ty
+    source, past = ((batch * frames + frame - 1) * size + token) * C, (batch * size + token) * C
+    for part in tl.static_range(2):
+        if part == 0 or REST:
+            n = tl.arange(0, MAIN) if part == 0 else MAIN + tl.arange(0, REST if REST else 1)
+            real = n < C
+            value = _float(u + source + n, real & inside)
+            if HAS_TAIL:
+                value = tl.where(from_tail, _float(tail + past + n, real & from_tail), value)
+            tl.store(out + (which * size + token) * C + n, cut(value * inverse, True, NATIVE).to(kind), mask=real)
+
+
 @triton.jit(do_not_specialize=["count"])
 def largest_kernel(x, out, count, VALUES: tl.constexpr, TILES: tl.constexpr):
     """The largest size of TILES tiles of VALUES values into ``out [programs]`` float32; NaN where there is one."""

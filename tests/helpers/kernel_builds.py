@@ -88,9 +88,35 @@ def network_calls(fused) -> None:
     fused.linear_attention(new(1, tokens, 3 * width), weight, weight, *table, heads, given=given)
     fused.gated_depthwise(new(1, tokens, 2 * hidden), new(2 * hidden, 1, 3, 3), new(2 * hidden), (30, 52), given=given)
     fused.softmax_attention(new(2, tokens, width), words, words, heads, None, (120, 100), (weight, 1e-6), given=given)
+    onto_calls(given)
     table = [new(60, 8, dtype=torch.float32)] * 2
     fused.linear_attention(new(1, 60, 3 * 48), new(48), new(48), *table, 3)  # heads of 16 channels
     fused.gated_depthwise(new(1, 64, 2 * 65), new(2 * 65, 1, 3, 3), None, (8, 8))  # no words of two channels
+
+
+def onto_calls(given) -> None:
+    """Products in E4M3 that are added to the tokens, as a block has them with a scale for all rows and with one each."""
+    from sana_video_core.ops import onto_fused
+    from sana_video_core.ops.reference import Rows
+
+    tokens, width = 21 * 30 * 52, 2240
+    x, gate, bias = new(2, tokens, width), new(2, 1, width), new(width)
+    for tail in (None, new(2, 1, 1560, width)):
+        framed = onto_fused.framed_fp8(x, 21, tail, given=given)
+    if onto_fused.capability(x.device)[0] != 9:
+        return
+    by_row = new(2, tokens, 1, dtype=torch.float32)
+    for scale in (given, by_row):
+        y, weight = Rows(e4m3(2, tokens, width), scale), Rows(e4m3(width, width), given)
+        onto_fused.add_product_fp8(x, y, weight, bias, gate, given=None if scale is by_row else given)
+        onto_fused.add_product_fp8(x, y, weight, bias)
+    wide = Rows(e4m3(width, 3 * width), given)
+    onto_fused.add_product_fp8(x, framed, wide, None, gate, x, frames=21)
+    onto_fused.add_product_fp8(x, Rows(e4m3(2, tokens, 3 * width), by_row), wide, None, gate, x)
+
+
+def e4m3(*shape: int) -> torch.Tensor:
+    return new(*shape, dtype=torch.float8_e4m3fn)
 
 
 def decoder_calls(frames_fused) -> None:
@@ -124,17 +150,20 @@ def new(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 
 def settings_of(modules, capability: int) -> None:
     """Let the operators take the launch settings of that card."""
-    fused, frames, kernels = modules
+    fused, frames, kernels, onto = modules
     hopper = capability == 90
     fused._setting = lambda name, x: fused.TUNING[name] if hopper else fused.SMALLER.get(name, fused.TUNING[name])
     frames._hopper = lambda x: hopper
     kernels.native = lambda: True
+    onto.capability, onto._processors = lambda device: (capability // 10, capability % 10), lambda device: 132
 
 
 def kind_of(value) -> str:
     """Triton's name of an argument's type."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
+    if hasattr(value, "block_shape"):  # of Gluon: a matrix that is read in pieces
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}[{', '.join(map(str, value.block_shape))}],{value.layout!r}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if value < 1 << 31 else "i64"
@@ -150,10 +179,17 @@ def build(kernel, values: dict, options: dict, capability: int) -> dict:
     fixed = {p.name for p in kernel.params if p.is_constexpr}
     signature = {name: "constexpr" if name in fixed else kind_of(values[name]) for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    source = ASTSource(kernel, signature, {(names.index(n),): values[n] for n in fixed}, aligned)
+    source = (source_of(kernel) or ASTSource)(kernel, signature, {(names.index(n),): values[n] for n in fixed}, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return {"kernel": kernel.fn.__name__, "capability": capability, "shared": made.metadata.shared,
             **registers(made.asm["ptx"], capability)}
+
+
+def source_of(kernel):
+    """What Gluon's kernels are compiled from; None for Triton's."""
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    return GluonASTSource if isinstance(kernel, GluonJITFunction) else None
 
 
 def registers(ptx: str, capability: int) -> dict:
@@ -175,10 +211,10 @@ def main(capabilities: list[int], decoder: bool) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from triton.runtime.jit import JITFunction
 
-    from sana_video_core.ops import frames_fused, fused, kernels
+    from sana_video_core.ops import frames_fused, fused, kernels, onto_fused
 
     for capability in capabilities:
-        settings_of((fused, frames_fused, kernels), capability)
+        settings_of((fused, frames_fused, kernels, onto_fused), capability)
         with Launches(JITFunction) as launches:
             network_calls(fused)
             if decoder:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from longvideo import GRID, caption, latent, tiny_model, tiny_spec
 from sana_video_core import SPECS
 from sana_video_core.dit import SanaVideoTransformer, layers
+from sana_video_core.dit import model as network
 from sana_video_core.dit.embeddings import axis_split, patchify, rope_table, time_sinusoid, unpatchify
+from sana_video_core.dit.look import look
 from sana_video_core.errors import SanaVideoError, StateError
 from sana_video_core.ops import OPERATORS, Constraint
 from sana_video_core.ops import reference as ops
@@ -153,10 +155,35 @@ def test_masked_text_is_as_good_as_absent_text():
 
 
 @torch.no_grad()
-def test_lengths_are_known_only_when_the_valid_tokens_come_first():
-    assert layers.valid_lengths(torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()) == (2, 3)
-    assert layers.valid_lengths(torch.tensor([[1, 0, 1]]).bool()) is None
-    assert layers.valid_lengths(torch.tensor([[0, 0, 0]]).bool()) is None and layers.valid_lengths(None) is None
+def test_one_look_tells_lengths_and_whether_rows_are_the_same():
+    mask, part = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(), torch.ones(2, 4, 3)
+    assert look(mask) == ((2, 3), False) and look(mask, part, part[:, 0]) == ((2, 3), True)
+    other = part.clone()
+    other[1, 3, 2] = 2
+    assert look(mask, part, other) == ((2, 3), False) and look(mask[:1], part[:1]) == ((2,), False)
+    assert look(torch.tensor([[1, 0, 1], [1, 1, 1]]).bool(), part) == (None, True)
+    assert look(torch.tensor([[0, 0, 0]]).bool()) == (None, False) and look(None, part) == (None, False)
+    assert look(mask, part.double().log() / 0) == ((2, 3), False)  # NaN is not the same as itself
+
+
+@pytest.mark.parametrize("times", [[500.0, 500.0], [500.0, 400.0]])
+@torch.no_grad()
+def test_rows_that_differ_by_their_text_are_one_up_to_it(times, monkeypatch):
+    model, seen = tiny_model(), []
+    one, (y, mask) = latent(3), caption(0, batch=2)
+    y, mask = torch.cat((y[:1], -y[1:])), torch.arange(mask.shape[1]) < torch.tensor([[4], [2]])
+    handles = [block.attn.qkv.register_forward_pre_hook(lambda _, given: seen.append(len(given[0]))) for block in model.blocks]
+    found = model(one.expand(2, -1, -1, -1, -1), torch.tensor(times), y, mask)
+    same = times[0] == times[1]
+    assert seen == [1 if same else 2] + [2] * (len(model.blocks) - 1)
+    model(latent(3, batch=2), torch.tensor(times), y, mask)
+    assert seen[len(model.blocks):] == [2] * len(model.blocks)
+    _, state = model.commit(one.expand(2, -1, -1, -1, -1), y, mask)  # a state has all rows
+    assert state.layers[0].vk.shape[0] == 2 and seen[2 * len(model.blocks):] == [2] * len(model.blocks)
+    for handle in handles:
+        handle.remove()
+    monkeypatch.setattr(network, "look", lambda mask, *parts: look(mask))
+    torch.testing.assert_close(found, model(one.expand(2, -1, -1, -1, -1), torch.tensor(times), y, mask))
 
 
 def test_depthwise_gate_is_a_plain_convolution_per_frame():

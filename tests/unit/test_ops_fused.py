@@ -54,12 +54,12 @@ def test_trimmed_text_equals_masked_text(lengths):
 @pytest.mark.parametrize(("mask", "expected"), [
     ([[1, 1, 0], [1, 0, 0]], (2, 1)), ([[1, 1, 1]], (3,)), ([[1, 0, 1]], None), ([[0, 0, 0]], None), ([[0, 1, 1]], None)])
 def test_lengths_are_known_only_for_leading_tokens(mask, expected):
-    from sana_video_core.dit.layers import valid_lengths
+    from sana_video_core.dit.look import look
 
     with torch.inference_mode():
-        assert valid_lengths(torch.tensor(mask).bool()) == expected
-        assert valid_lengths(None) is None
-    assert valid_lengths(torch.tensor(mask).bool()) is None  # in training the batch stays whole
+        assert look(torch.tensor(mask).bool()) == (expected, False)
+        assert look(None) == (None, False)
+    assert look(torch.tensor(mask).bool()) == (None, False)  # in training the batch stays whole
 
 
 def test_cpu_runs_the_reference_and_says_why():

@@ -121,6 +121,7 @@ def test_a_network_gives_the_same_either_way(frames, batch, on_the_cpu):
             before = len(on_the_cpu)
             found[-1].append(model(x, times, y, mask, state=state))
             assert len(on_the_cpu) == before  # a gate a frame
+            found[-1].append(model(x[:1].expand_as(x), times[:1, 0].expand(batch), y, mask))  # one row up to the texts
         assert bool(on_the_cpu) == (backend is None)
     assert all(float((a - b).norm() / a.norm()) < 1e-5 for a, b in zip(*found, strict=True))
 
