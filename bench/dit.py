@@ -176,11 +176,15 @@ def run(tiny: bool = False, device: str | None = None, report: Report | None = N
     args = inputs(work.spec, work.grid, 2, device, torch.bfloat16)
     tokens = math.prod(n // p for n, p in zip(work.grid, work.spec.patch))
     floor = floor_ms(*forward_cost(work.spec, tokens, 2))
+    profiles: list[tuple[str, Callable]] = []  # made last: steps right after one were up to 30 ms longer
     for suffix, step, peer_call in (("", _whole, call_peer), ("_two_calls", cfg_step, peer_step)):
         peers = {"eager": lambda p=peer_call: p(peer, args)}
         if compiled and not suffix:  # another batch would compile once more
             peers["compiled"] = lambda p=peer_call: p(fast, args)
-        _time(report, work, suffix, lambda m, s=step: s(m, args), peers, model, others, floor, device)
+        timed = _time(report, work, suffix, lambda m, s=step: s(m, args), peers, model, others, floor, device)
+        profiles += timed if not suffix else []
+    for name, call in profiles:
+        add_profile(report, name, call)
     return report
 
 
@@ -190,8 +194,8 @@ def _whole(model, args: dict):
 
 
 def _time(report: Report, work: Workload, suffix: str, step, peers: dict[str, Callable], model, others: list[Other], floor,
-          device) -> None:
-    """The rows of one way to run a CFG step: ours, the peers', and the others'."""
+          device) -> list[tuple[str, Callable]]:
+    """The rows of one way to run a CFG step: ours, the peers', and the others'. Returns ours and the others to be profiled."""
     name = work.name + suffix
     mine = measure(lambda: step(model), 2, work.repeats, device)
     theirs = {how: measure(call, 2, max(3, work.repeats // 2), device) for how, call in peers.items()}
@@ -200,14 +204,11 @@ def _time(report: Report, work: Workload, suffix: str, step, peers: dict[str, Ca
         report.add(f"{name}_diffusers_{how}", timing, "ms")
     report.add(f"peak_memory_{work.size}_step{suffix}", peak_bytes(lambda: step(model)) / 2**30, "GiB over weights",
                diffusers_eager=peak_bytes(peers["eager"]) / 2**30)
-    if not suffix:
-        add_profile(report, name, lambda: step(model))
     for other in others:
         timing = measure(lambda t=other.call: step(t), 2, work.repeats, device)
         report.add(f"{other.row}{suffix}", timing, "ms", **ratios(timing, theirs, floor),
                    overhead_vs_core=timing.median / mine.median - 1)
-        if not suffix:
-            add_profile(report, other.row, lambda t=other.call: step(t))
+    return [(name, lambda: step(model)), *((other.row, lambda t=other.call: step(t)) for other in others)]
 
 
 def ratios(mine: Timing, theirs: dict[str, Timing], floor: float | None) -> dict:

@@ -7,6 +7,7 @@ Not covered: what is timed (the other files here).
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -50,7 +51,13 @@ def measure(function: Callable[[], object], warmup: int = 2, repeats: int = 7, d
         device = "cuda" if torch.cuda.is_available() else "cpu"
     for _ in range(warmup):
         function()
-    times = [_once_on_gpu(function) if device.startswith("cuda") else _once_on_cpu(function) for _ in range(repeats)]
+    collects = gc.isenabled()
+    gc.disable()  # as Python's timeit: a step has up to a thousand launches, and a card that catches up with them waits
+    try:
+        times = [_once_on_gpu(function) if device.startswith("cuda") else _once_on_cpu(function) for _ in range(repeats)]
+    finally:
+        if collects:
+            gc.enable()
     return Timing(statistics.median(times), min(times), max(times), repeats)
 
 

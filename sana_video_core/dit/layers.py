@@ -115,9 +115,14 @@ def _modulated(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Te
     return ops.modulate_norm(x, shift, scale)
 
 
-def _widened(x: Tensor, other: Tensor) -> Tensor:
-    """One row for all as a view of as many as ``other`` has; others as they are."""
-    return x.expand(len(other), *x.shape[1:]) if len(x) < len(other) else x
+def _in_all_rows(x: Tensor, whole: Tensor) -> Tensor:
+    """``x``, one row for all, in each of ``whole``, which may be overwritten and may begin with x; other x as they are."""
+    if len(x) == len(whole):
+        return x
+    if x.data_ptr() != whole.data_ptr():
+        whole[:1] = x
+    whole[1:] = x
+    return whole
 
 
 def _here(p: Tensor, x: Tensor) -> Tensor:
@@ -250,7 +255,8 @@ class CrossAttention(nn.Module):
     def mix(self, x: Tensor | ops.Rows, ctx: Context) -> Tensor | ops.Rows:
         """As ``forward``, before the output projection, in the form that this reads."""
         k, v = self.read(ctx.text) if ctx.read is None else ctx.read
-        q = _widened(self.q_linear(x), k)
+        q = self.q_linear(x)
+        q = q.expand(len(k), -1, -1) if len(q) < len(k) else q  # one row for all
         norm = _here(self.q_norm.weight, q), self.q_norm.eps
         return ops.softmax_attention(q, k, v, self.heads, ctx.mask, ctx.lengths, norm, given=scale_of(self.proj, q))
 
@@ -365,12 +371,14 @@ class Block(nn.Module):
         self.mlp = MixFFN(spec, operations, **kw)
 
     def forward(
-        self, x: Tensor, ctx: Context, history: LayerState | None = None, spend: bool = False,
+        self, x: Tensor, ctx: Context, history: LayerState | None = None, spend: bool = False, alike: bool = False,
     ) -> tuple[Tensor, LayerState]:
         """Tokens ``[B, N, C]`` and the state that a commit would store. ``spend``: x may be overwritten.
 
-        x may be one row for all, which texts then tell apart; the state is of that one.
+        ``alike``, with spend and no history: the rows of x are the same until texts tell them apart, so one is made up to there;
+        the state is of that one.
         """
+        whole, x = x, x[:1] if alike else x
         table = _here(self.scale_shift_table, x).to(ctx.rows.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (table + ctx.rows).unbind(2)
         shift1, scale1, gate1 = shift1[:len(x)], scale1[:len(x)], gate1[:len(x)]
@@ -382,15 +390,16 @@ class Block(nn.Module):
             offset = add_onto(self.attn.proj, x, mixed, gate1)
             del mixed  # its memory is wanted below
             seen = self.cross_attn.mix(x if offset is None else ops.Shifted.of(x, offset), ctx)
-            x = _widened(x, shift2).contiguous()
+            x = _in_all_rows(x, whole)
             offset = add_onto(self.cross_attn.proj, x, seen, None, offset)
             del seen
             normed = ops.modulate_norm(x, shift2, scale2, offset=offset)
         elif self._adds_rows(x, gate1):
-            return self._forward_onto_rows(x if spend else x.clone(), normed, ctx, history, (gate1, shift2, scale2, gate2))
+            return self._forward_onto_rows(
+                x if spend else x.clone(), whole, normed, ctx, history, (gate1, shift2, scale2, gate2))
         else:
             attended, own = self.attn(normed, ctx, history)
-            x, normed = self._attend_and_norm(x, attended, ctx, gate1, shift2, scale2)
+            x, normed = self._attend_and_norm(x, whole, attended, ctx, gate1, shift2, scale2)
             del attended
         spatial, temporal, tail = self.mlp(normed, ctx.grid, past)
         if temporal.ndim == 4:
@@ -400,7 +409,8 @@ class Block(nn.Module):
         return x, LayerState(own.vk, own.ksum, tail)
 
     def _forward_onto_rows(
-        self, x: Tensor, normed: Tensor | ops.Rows, ctx: Context, history: LayerState | None, rows: tuple[Tensor, ...],
+        self, x: Tensor, whole: Tensor, normed: Tensor | ops.Rows, ctx: Context, history: LayerState | None,
+        rows: tuple[Tensor, ...],
     ) -> tuple[Tensor, LayerState]:
         """As ``forward`` after the first norm, each part added to x by the product that ends it (``ops/onto_fp8.py``)."""
         gate1, shift2, scale2, gate2 = rows
@@ -408,7 +418,7 @@ class Block(nn.Module):
         asking = self.attn.proj(ops.OntoRows(mixed, x, gate1, given=scale_of(self.cross_attn.q_linear, x)))
         del mixed, normed  # their memory is wanted below
         seen = self.cross_attn.mix(asking, ctx)
-        x = _widened(x, shift2).contiguous()
+        x = _in_all_rows(x, whole)
         self.cross_attn.proj(ops.OntoRows(seen, x))
         del asking, seen
         normed = _modulated(self.mlp.inverted_conv.conv, x, shift2, scale2)
@@ -423,7 +433,7 @@ class Block(nn.Module):
             and all(adds_rows(linear, x, gate) for linear in (self.attn.proj, self.cross_attn.proj, self.mlp.t_conv)))
 
     def _attend_and_norm(
-        self, x: Tensor, attended: Tensor, ctx: Context, gate: Tensor, shift: Tensor, scale: Tensor,
+        self, x: Tensor, whole: Tensor, attended: Tensor, ctx: Context, gate: Tensor, shift: Tensor, scale: Tensor,
     ) -> tuple[Tensor, Tensor | ops.Rows]:
         """The tokens after both attentions, and their norm for the feed-forward layers."""
         queries, up = self.cross_attn.q_linear, self.mlp.inverted_conv.conv
@@ -433,7 +443,7 @@ class Block(nn.Module):
         else:
             x, asking = ops.gated_residual_fp8(x, attended, gate, given=given)
         seen = self.cross_attn(asking, ctx)
-        x = _widened(x, seen)
+        x = _in_all_rows(x, whole)
         if takes_rows(up, x):
             return ops.residual_norm_fp8(x, seen, shift, scale, given=up.input_scale_of(x))
         return ops.residual_norm(x, seen, shift, scale)

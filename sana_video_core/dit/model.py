@@ -86,8 +86,8 @@ class SanaVideoTransformer(nn.Module):
         return (None, False) if self.parity else look(None if mask is None else mask.bool(), *parts)
 
     def _text(self, caption: Tensor, mask: Tensor | None, lengths: tuple[int, ...] | None) -> Text:
-        caption = caption if lengths is None else caption[:, :max(lengths)]
         features = self.attention_y_norm(self.y_embedder(caption.to(self._dtype())))
+        features = features if lengths is None else features[:, :max(lengths)]  # no block needs keys of the others
         return Text(features, None if mask is None or lengths is not None else mask.bool().to(caption.device), lengths)
 
     def commit(
@@ -171,8 +171,7 @@ class SanaVideoTransformer(nn.Module):
     @staticmethod
     def _run_block(i, block, x, ctx, history, on_block, layers, own: bool, alike: bool) -> Tensor:
         def call(tokens: Tensor, spend: bool = False) -> Tensor:
-            tokens = tokens[:1] if alike and spend else tokens  # of rows that are the same the block makes one, up to the text
-            out, layer = block(tokens, ctx, history, spend and own)
+            out, layer = block(tokens, ctx, history, spend and own, spend and alike)
             if layers is not None:  # the tail is a view of all frames; a state must hold the last one only
                 layers.append(layer._replace(tail=layer.tail.clone()))
             return out
