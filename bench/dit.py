@@ -176,7 +176,7 @@ def run(tiny: bool = False, device: str | None = None, report: Report | None = N
     args = inputs(work.spec, work.grid, 2, device, torch.bfloat16)
     tokens = math.prod(n // p for n, p in zip(work.grid, work.spec.patch))
     floor = floor_ms(*forward_cost(work.spec, tokens, 2))
-    profiles: list[tuple[str, Callable]] = []  # made last: steps right after one were up to 30 ms longer
+    profiles: list[tuple[str, Callable]] = []  # made last: what is timed right after one may not be as usual
     for suffix, step, peer_call in (("", _whole, call_peer), ("_two_calls", cfg_step, peer_step)):
         peers = {"eager": lambda p=peer_call: p(peer, args)}
         if compiled and not suffix:  # another batch would compile once more
