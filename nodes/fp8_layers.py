@@ -41,8 +41,8 @@ def with_scaled_inputs(operations):
             scale = getattr(self, "input_scale", None)
             return None if scale is None else cast_to_device(scale, x.device, torch.float32).reshape(())
 
-        def adds_rows(self, x, gate=None) -> bool:
-            """Whether this layer's product adds itself to tokens like ``x``, where it gets ``ops.OntoRows``."""
+        def adds_rows(self, x, gate) -> bool:
+            """Whether this layer's product, times ``gate``, adds itself to tokens like ``x``, where it gets ``ops.OntoRows``."""
             like = ops.Rows(x, x)  # all that is asked of a matrix before there is one is how many channels it has
             return self.takes_rows(x) and ops.add_product_fp8.choose(x, like, like, None, gate)[0] != "reference"
 

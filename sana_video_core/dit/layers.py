@@ -99,7 +99,7 @@ def add_onto(linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None = None
     return given.offset
 
 
-def adds_rows(linear: nn.Module, x: Tensor, gate: Tensor | None = None) -> bool:
+def adds_rows(linear: nn.Module, x: Tensor, gate: Tensor) -> bool:
     """Whether ``linear`` adds its output to tokens like ``x`` itself, times ``gate``, where it gets :class:`ops.OntoRows`.
 
     A method of this name in the layer's class says so, as with :func:`takes_rows`.
@@ -336,7 +336,6 @@ class MixFFN(nn.Module):
         else:
             taps, own_tail = ops.temporal_taps(u, grid[0], tail)
         return u, self.t_conv(taps), own_tail
-
 
     def add_onto(
         self, x: Tensor, normed: Tensor | ops.Rows, grid: tuple[int, int, int], tail: Tensor | None, gate: Tensor,

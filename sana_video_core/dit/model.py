@@ -68,8 +68,7 @@ class SanaVideoTransformer(nn.Module):
         """
         def read() -> Text:
             text = self._text(caption, caption_mask, self._look(caption, caption_mask)[0])
-            most = None if text.lengths is None else max(text.lengths)
-            pairs = [[t[:, :most].contiguous() for t in block.cross_attn.read(text.features)] for block in self.blocks]
+            pairs = [[t.contiguous() for t in block.cross_attn.read(text.features)] for block in self.blocks]
             return text._replace(features=None, read=tuple(map(tuple, pairs)))
 
         return self._as_wanted(read)

@@ -283,15 +283,11 @@ def _window_of(x, gamma=None, residual=None) -> str | None:
 
 
 def _pairs_of(x, history, gamma, residual=None, keep=False) -> str | None:
-    return _other_card(x) or _regular(x, history, gamma, residual)
+    return _regular(x, history, gamma, residual)
 
 
 def _pair_step(sums, weights, bias) -> str | None:
-    return _other_card(sums) or _regular(sums, weights)
-
-
-def _other_card(x: Tensor) -> str | None:
-    return "is made for Hopper cards" if x.is_cuda and not _hopper(x) else None
+    return _regular(sums, weights)
 
 
 def _step(window, history, weight, bias, residual=None, gamma=None, keep=True) -> str | None:
@@ -318,8 +314,9 @@ def register(operators: dict) -> None:
     ways = {open_window: _window_of, causal_step: _step, time_double: _plain, upsample_conv: _plain, pixel_conv: _pixels}
     for function, check in ways.items():
         operators[function.__name__].add("triton", function, Constraint(**needs, check=check))
-    operators["open_pairs"].add("triton", open_pairs, Constraint(**needs, check=_pairs_of))
-    operators["pair_conv"].add("triton", pair_conv, Constraint(**needs | {"dtypes": (torch.float16,)}, check=_pair_step))
+    hopper = needs | {"generation": 9}
+    operators["open_pairs"].add("triton", open_pairs, Constraint(**hopper, check=_pairs_of))
+    operators["pair_conv"].add("triton", pair_conv, Constraint(**hopper | {"dtypes": (torch.float16,)}, check=_pair_step))
     for function in (cudnn_causal_step, cudnn_time_double, cudnn_upsample_conv):
         name = function.__name__.removeprefix("cudnn_")
         operators[name].add("cudnn", function, Constraint(**needs, check=ways[globals()[name]]))

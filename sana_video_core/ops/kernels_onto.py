@@ -1,7 +1,7 @@
 """A product of E4M3 matrices that ends by adding itself to the tokens, in Gluon: Triton's language for one kind of card, Hopper.
 
-Import only where Triton has Gluon; called by ``onto_fused.py``. Triton's own products lose here what the passes over memory save:
-they begin a tile when the one before has been written. Here one warp does nothing but ask for what comes next, tiles ahead, and
+Import only where Triton has Gluon; called by ``onto_fused.py``. Triton's own products lost about what the passes over memory cost
+(CHANGELOG). Here one warp does nothing but ask for what comes next, tiles ahead, and
 eight multiply and add; what a tile is added to waits in shared memory, and what was added leaves from there while the next one
 is multiplied. Sums are float32, in an order that depends on shapes alone.
 """
@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name up to Triton 3.6 and after
 
-# A tile of the result, and how much of the inner width is multiplied at a time. A smaller tile waits for the second-level cache,
-# which has to deliver every operand once a tile.
+# A tile of the result, and how much of the inner width is multiplied at a time. Smaller tiles were slower: each asks the
+# second-level cache for more operands a product.
 ROWS, COLUMNS, DEPTH = gl.constexpr(128), gl.constexpr(256), gl.constexpr(128)
 STAGES = gl.constexpr(3)  # pieces of both operands that shared memory holds, beside a tile of x
 GROUP = gl.constexpr(16)  # tiles below each other that are made at the same time, so that they share what the cache holds

@@ -48,14 +48,21 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _machine_refusal(device: torch.device, triton: bool, least: tuple[int, int]) -> str | None:
+def _card_refusal(found: tuple[int, int], least: tuple[int, int], generation: int | None) -> str | None:
+    """Reason why a card of compute capability ``found`` cannot do what a backend needs, or None."""
+    if generation not in (None, found[0]):
+        return f"is made for cards of compute capability {generation}"
+    return f"needs compute capability {'.'.join(map(str, least))}" if found < least else None
+
+
+def _machine_refusal(device: torch.device, triton: bool, least: tuple[int, int], generation: int | None) -> str | None:
     """Reason why this machine cannot do what a backend needs on ``device``, or None."""
     if triton and (missing := triton_missing()):
         return missing
     if device.type != "cuda":
         return None
-    if capability(device) < least:
-        return f"needs compute capability {'.'.join(map(str, least))}"
+    if reason := _card_refusal(capability(device), least, generation):
+        return reason
     return triton_fault(device) if triton else None
 
 
@@ -65,11 +72,13 @@ _machine_refusal._dynamo_marked_constant = True
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a backend needs, as data. ``check`` looks at the call's arguments and returns a reason to refuse, or None."""
+    """What a backend needs, as data. ``generation``: the one major number of the capability that it is made for. ``check`` looks
+    at the call's arguments and returns a reason to refuse, or None."""
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     capability: tuple[int, int] = (0, 0)
+    generation: int | None = None
     triton: bool = False
     inference_only: bool = False
     check: Callable[..., str | None] | None = None
@@ -80,7 +89,7 @@ class Constraint:
             return f"needs {' or '.join(self.devices)}, the input is on {x.device.type}"
         if x.dtype not in self.dtypes:
             return f"does not support {x.dtype}"
-        if reason := _machine_refusal(x.device, self.triton, self.capability):
+        if reason := _machine_refusal(x.device, self.triton, self.capability, self.generation):
             return reason
         if self.inference_only and torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
@@ -138,7 +147,7 @@ class Operator:
             if not type(error).__module__.startswith("triton"):
                 raise
             self._give_up(name, str(args[0].device), error)
-        return self(*args, **kwargs)  # no operator with Triton kernels has changed its inputs
+        return self(*args, **kwargs)  # a kernel that cannot be built has not run, so nothing has been changed
 
     def _give_up(self, name: str, device: str, error: Exception) -> None:
         """A kernel that does not fit this card (shared memory, registers) or that its compiler refuses: do without it."""
@@ -189,6 +198,5 @@ def _machine_state(constraint: Constraint) -> str:
         return "available"
     if not torch.cuda.is_available():
         return "unavailable: no CUDA device"
-    if torch.cuda.get_device_capability() < constraint.capability:
-        return f"unavailable: needs compute capability {'.'.join(map(str, constraint.capability))}"
-    return "available"
+    reason = _card_refusal(torch.cuda.get_device_capability(), constraint.capability, constraint.generation)
+    return f"unavailable: {reason}" if reason else "available"

@@ -165,7 +165,7 @@ def test_products_that_are_added_to_the_tokens(world, monkeypatch, calibrated, f
             return layers.ops.onto_fp8.add_product_fp8(*args, **options)
 
         expected = results()
-        as_on_a_card(monkeypatch, layers.ops.OPERATORS, "gluon", {"add_product_fp8": counted}, check=None, capability=(0, 0))
+        as_on_a_card(monkeypatch, layers.ops.OPERATORS, "gluon", {"add_product_fp8": counted}, check=None)
         found = results()
         for module in network.modules():  # with the same weights, products in bfloat16
             module._full_precision_mm = True

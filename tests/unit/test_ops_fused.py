@@ -9,7 +9,7 @@ import torch
 
 from sana_video_core import ops
 from sana_video_core.errors import SanaVideoError
-from sana_video_core.ops import fused, fused_torch, reference
+from sana_video_core.ops import fused, fused_torch, reference, registry
 
 SHAPES = list(itertools.product((1, 2, 3), (1, 2, 5), (1, 7, 12), (8, 24)))  # batch, frames, tokens a frame, channels
 
@@ -69,6 +69,22 @@ def test_cpu_runs_the_reference_and_says_why():
     assert "the input is on cpu" in reasons["torch-fused"]
     with ops.force("torch-fused", "gated_residual"), pytest.raises(SanaVideoError, match="forced to 'torch-fused'"):
         ops.gated_residual(x, y, gate)
+
+
+@pytest.mark.parametrize("found", [(9, 0), (12, 0), (8, 9)])
+def test_a_backend_for_one_kind_of_card_says_so(found, monkeypatch):
+    """At a call, and in the list of ``run.py ops``, also for newer cards."""
+    reason = None if found[0] == 9 else "is made for cards of compute capability 9"
+    monkeypatch.setattr(registry, "capability", lambda device: found)
+    monkeypatch.setattr(registry, "triton_fault", lambda device: None)
+    monkeypatch.setattr(registry, "triton_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found)
+    assert registry._machine_refusal(torch.device("cuda"), True, (8, 0), 9) == reason
+    states = {(name, backend): state for name, backend, state in ops.report()}
+    for key in (("add_product_fp8", "gluon"), ("pair_conv", "triton"), ("open_pairs", "triton")):
+        assert states[key] == ("available" if reason is None else f"unavailable: {reason}")
+    assert states["causal_step", "triton"] == "available"
 
 
 def test_parity_mode_is_refused_by_the_fused_attention():
