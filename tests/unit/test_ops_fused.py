@@ -97,6 +97,8 @@ def test_parity_mode_is_refused_by_the_fused_attention():
 
 def test_operators_that_train_refuse_backends_without_gradient():
     """None of them has a gradient; on a CPU only the video decoder's have another backend than the reference."""
+    import sana_video_core.vae.fused  # noqa: F401 (registers the decoder's own operator)
+
     on_cpu = set()
     for name in ops.OPERATORS:
         for backend, constraint in ((b, c) for b, (_, c) in ops.OPERATORS[name].backends.items()):
