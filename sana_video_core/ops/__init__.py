@@ -7,6 +7,7 @@ from . import (
     fused,
     fused_torch,
     library,
+    linear_fused,
     onto,
     onto_fp8,
     onto_fused,
@@ -52,6 +53,7 @@ upsample_conv = operator(frames.upsample_conv)
 pixel_conv = operator(frames.pixel_conv)
 frame_attention = operator(frames.frame_attention)
 
+linear_fused.register(OPERATORS)
 fused.register(OPERATORS)
 fused_torch.register(OPERATORS)
 library.register(OPERATORS)

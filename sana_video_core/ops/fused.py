@@ -354,7 +354,7 @@ def _depthwise(x, weight, bias, grid, overwrite=False, out=None, *, given=None) 
     return one_dtype(x, weight, bias) or _e4m3(x, given)
 
 
-def _not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parity=False, given=None, **_) -> str | None:
+def not_parity(qkv, q_weight, k_weight, cos, sin, heads, history=None, *, parity=False, given=None, **_) -> str | None:
     if reason := _e4m3(qkv, given):
         return reason
     if parity:
@@ -377,7 +377,7 @@ def _text(q, k, v, heads, mask=None, lengths=None, norm=None, **_) -> str | None
 def register(operators: dict) -> None:
     """Add these functions to the operators as backend 'triton'."""
     needs = {"devices": ("cuda",), "inference_only": True, "triton": True, "capability": (8, 0), "dtypes": (torch.bfloat16,)}
-    checks = {"linear_attention": _not_parity, "rms_norm": has_weight, "temporal_taps": None, "gated_depthwise": _depthwise}
+    checks = {"linear_attention": not_parity, "rms_norm": has_weight, "temporal_taps": None, "gated_depthwise": _depthwise}
     operators["softmax_attention"].add("triton", softmax_attention, Constraint(**needs | {"capability": (9, 0)}, check=_text))
     for function in (modulate_norm, gated_residual, residual_norm, rms_norm, linear_attention, gated_depthwise, temporal_taps):
         name = function.__name__

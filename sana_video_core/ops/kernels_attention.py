@@ -117,6 +117,28 @@ def attention_keys_kernel(
         _put_sums(total, r, more_a, more_b, real_r)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def key_factor_kernel(
+    qkv, cos, sin, turns, factor, tokens, eps, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+):
+    """``1 / sqrt(mean(k^2) + eps)`` of a token, float32; and its line of the rotary table, cosine and sine in one word."""
+    n, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    a = tl.arange(0, MAIN)
+    key = qkv + ((batch * tokens + n) * 3 + 1) * C
+    value = tl.load(key + a, mask=a < C, other=0.0).to(tl.float32)
+    squares = tl.sum(value * value, 0)
+    if REST:
+        b = MAIN + tl.arange(0, REST)
+        value = tl.load(key + b, mask=b < C, other=0.0).to(tl.float32)
+        squares += tl.sum(value * value, 0)
+    tl.store(factor + batch * tokens + n, tl.rsqrt(squares / C + eps))
+    if batch == 0:
+        j = tl.arange(0, HALF_BLOCK)
+        c, s = tl.load(cos + n * HALF + j, mask=j < HALF, other=0.0), tl.load(sin + n * HALF + j, mask=j < HALF, other=0.0)
+        tl.store(turns + n * HALF + j, word(c, s, tl.float16, True), mask=j < HALF)
+
+
 @triton.jit(do_not_specialize=["tokens", "heads", "steps"])
 def attention_state_kernel(
     qkv, keys, vk, tokens, heads, steps, OPERAND: tl.constexpr,

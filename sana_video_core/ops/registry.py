@@ -42,6 +42,19 @@ def triton_fault(device: torch.device) -> str | None:
     return None
 
 
+def fault_of(name: str, error: Callable[[], float], instead: str) -> str | None:
+    """Reason why a kernel in Gluon, an experimental part of Triton that may change with any version of it, does not work here, or
+    None. ``error`` runs it on something small and says how far it is from the truth."""
+    try:
+        found = error()
+        reason = None if found < 0.01 else f"its kernel gives wrong values here (error {found:.3f})"
+    except Exception as fault:  # whatever a compiler or another version's names can raise
+        reason = f"its kernel does not work here ({type(fault).__name__}: {str(fault).strip()[:200]})"
+    if reason:
+        log.warning("%s: %s; %s", name, reason, instead)
+    return reason
+
+
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
     """A card's compute capability. Torch asks the driver each time, and operators are called thousands of times a second."""

@@ -1,0 +1,265 @@
+"""The linear attention in Gluon, Triton's language for one kind of card: sums over tokens and their application on Hopper.
+
+Import only where Triton has Gluon; called by ``linear_fused.py``, after ``key_factor_kernel``. Here a key is read once more
+instead of being written and read: tiles of what comes next are copied into shared memory while one is multiplied, keys are
+normed and turned where they lie there, and what a thread has of a query or a result is what the product's instruction asks for.
+Words and pairs of channels as in ``kernels_attention.py``, precision too. Heads come first in the grid, so that what runs at one
+time reads whole tokens. A tile is WIDE channels wide, beyond a head's it has another's, which nothing is made of.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .kernels_onto import barrier
+
+WIDE, PAIRS = gl.constexpr(128), gl.constexpr(64)
+# Tokens of a tile, tiles that shared memory holds, warps.
+STATE_ROWS, STATE_STAGES, STATE_WARPS = gl.constexpr(32), gl.constexpr(5), gl.constexpr(4)
+STATE_REGISTERS = gl.constexpr(232)
+APPLY_ROWS, APPLY_STAGES, APPLY_WARPS = gl.constexpr(64), gl.constexpr(2), gl.constexpr(4)
+
+
+@gluon.jit
+def _channels(words):
+    """The two bfloat16 of each word as float32."""
+    return (words << 16).to(gl.float32, bitcast=True), (words & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _turn(words):
+    """Cosine and sine, two float16 in a word, as float32."""
+    return (words.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32),
+            (words >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32))
+
+
+@gluon.jit
+def _word(first, second):
+    """Two float32 as the bfloat16 of a word."""
+    return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=gl.int32, is_pure=True,
+                                     pack=1)
+
+
+@gluon.jit
+def _both(values, j, inside):
+    """Float32 of channels ``2 j`` and ``2 j + 1``."""
+    first = gl.load(values + 2 * j, mask=inside, other=0.0).to(gl.float32)
+    return first, gl.load(values + 2 * j + 1, mask=inside, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _words(tile, ROWS: gl.constexpr):
+    """A tile of bfloat16 as words."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    return tile.reshape((ROWS, WIDE))._reinterpret(gl.int32, [ROWS, PAIRS], layout)
+
+
+@gluon.jit
+def _ask(qkv, turns, k_tiles, v_tiles, t_tiles, ready, empty, batch, first, head, heads, count, D: gl.constexpr):
+    """Every tile of two heads into the place that is free next."""
+    for i in range(count):
+        slot, n = i % STATE_STAGES, first + i * STATE_ROWS
+        mbarrier.wait(empty.index(slot), (i // STATE_STAGES & 1) ^ 1)
+        mbarrier.expect(ready.index(slot), 5 * STATE_ROWS * WIDE * 2)
+        for h in gl.static_range(2):
+            column = (heads + head + h) * D
+            tma.async_copy_global_to_shared(qkv, [batch, n, column], ready.index(slot), k_tiles.index(2 * slot + h))
+            tma.async_copy_global_to_shared(qkv, [batch, n, column + heads * D], ready.index(slot), v_tiles.index(2 * slot + h))
+        tma.async_copy_global_to_shared(turns, [n, 0], ready.index(slot), t_tiles.index(slot))
+
+
+@gluon.jit
+def _folded(x):
+    """Tokens of a tile that one thread has, added up."""
+    return gl.sum(x.reshape((STATE_ROWS // (2 * STATE_WARPS), 2 * STATE_WARPS, PAIRS)), 0)
+
+
+@gluon.jit
+def _sum(k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split, splits,
+         count, OWN: gl.constexpr, D: gl.constexpr):
+    """One head's sums over the tiles: keys are normed and turned where they lie, while the tile before is multiplied."""
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [STATE_WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[STATE_WARPS, 1], instr_shape=[16, WIDE, 16])
+    head += OWN
+    j = gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
+    own = gl.arange(0, STATE_ROWS, gl.SliceLayout(1, flat))
+    gain_a, gain_b = _both(weight + head * D, j, j < D // 2)
+    sum_a = _folded(gl.zeros((STATE_ROWS, PAIRS), gl.float32, flat))
+    sum_b = sum_a
+    factor += batch * tokens
+    times = gl.load(factor + first + own, mask=first + own < tokens, other=0.0)
+    state = warpgroup_mma_init(gl.zeros((WIDE, WIDE), gl.float32, layout))
+    for i in range(count):
+        slot = i % STATE_STAGES
+        mbarrier.wait(ready.index(slot), i // STATE_STAGES & 1)
+        keys = _words(k_tiles.index(2 * slot + OWN), STATE_ROWS)
+        a, b = _channels(keys.load(flat))
+        a, b = gl.maximum(a * gain_a[None, :], 0.0) * times[:, None], gl.maximum(b * gain_b[None, :], 0.0) * times[:, None]
+        sum_a += _folded(a)
+        sum_b += _folded(b)
+        c, s = _turn(t_tiles.index(slot).load(flat))
+        keys.store(_word(a * c - b * s, a * s + b * c))
+        n = first + (i + 1) * STATE_ROWS + own
+        times = gl.load(factor + n, mask=n < tokens, other=0.0)
+        state = warpgroup_mma_wait(0, deps=[state])
+        fence_async_shared()
+        barrier()
+        if i > 0:
+            mbarrier.arrive(empty.index((i - 1) % STATE_STAGES), count=1)
+        state = warpgroup_mma(v_tiles.index(2 * slot + OWN).reshape((STATE_ROWS, WIDE)).permute((1, 0)),
+                              k_tiles.index(2 * slot + OWN).reshape((STATE_ROWS, WIDE)), state, is_async=True)
+    state = warpgroup_mma_wait(0, deps=[state])
+    d, e = gl.arange(0, WIDE, gl.SliceLayout(1, layout)), gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+    vk += ((batch * heads + head) * splits + split).to(gl.int64) * (D * D)
+    gl.store(vk + d[:, None] * D + e[None, :], state, mask=(d < D)[:, None] & (e < D)[None, :])
+    ksum += ((batch * splits + split) * heads + head) * D + 2 * j
+    real = j < D // 2
+    gl.store(ksum, gl.convert_layout(gl.sum(sum_a, 0), j.type.layout), mask=real)
+    gl.store(ksum + 1, gl.convert_layout(gl.sum(sum_b, 0), j.type.layout), mask=real)
+
+
+@gluon.jit(do_not_specialize=["tokens", "heads", "tiles"])
+def attention_state_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, tiles, D: gl.constexpr):
+    """Partial sums v k'^T ``[B, heads, splits, D, D]`` and of k ``[B, splits, heads, D]``, each over ``tiles`` tiles of a head.
+
+    ``qkv [B, N, 3 C]`` and ``turns [N, D / 2]`` words are descriptors; ``factor [B, N]``: 1 / rms of the keys. Two heads are
+    summed side by side and share what turns them; one warp more does nothing but ask for what comes next.
+    """
+    row, split, splits = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
+    batch, head = row // (heads // 2), row % (heads // 2) * 2
+    first = split * tiles * STATE_ROWS
+    count = gl.minimum(tiles, (tokens - first + STATE_ROWS - 1) // STATE_ROWS)
+    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * STATE_STAGES, 1, STATE_ROWS, WIDE], qkv.layout)
+    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * STATE_STAGES, 1, STATE_ROWS, WIDE], qkv.layout)
+    t_tiles = gl.allocate_shared_memory(gl.int32, [STATE_STAGES, STATE_ROWS, PAIRS], turns.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STATE_STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STATE_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STATE_STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split, splits,
+                count, 0, D)),
+        (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split, splits,
+                count, 1, D)),
+        (_ask, (qkv, turns, k_tiles, v_tiles, t_tiles, ready, empty, batch, first, head, heads, count, D)),
+    ], [STATE_WARPS, 1], [STATE_REGISTERS, 40])
+
+
+@gluon.jit
+def _channel(m, FP8: gl.constexpr):
+    """Where column m of a product's result belongs, so that a thread's columns are 16 bytes in a row of the output.
+
+    The instruction gives a thread pairs of columns that lie 8 apart: their places are the bits above those of the thread.
+    """
+    if FP8:
+        return (m & 1) | (m >> 3 & 7) << 1 | (m >> 1 & 3) << 4 | (m & 64)
+    return (m & 1) | (m >> 3 & 3) << 1 | (m >> 1 & 3) << 3 | (m & 96)
+
+
+@gluon.jit
+def _ordered(result, FP8: gl.constexpr):
+    """Columns of a result at their places; no value leaves its thread."""
+    if FP8:
+        result = result.reshape((APPLY_ROWS, 2, 8, 4, 2)).permute(0, 1, 3, 2, 4)
+    else:
+        result = result.reshape((APPLY_ROWS, 4, 4, 4, 2)).permute(0, 1, 3, 2, 4)
+    return result.reshape((APPLY_ROWS, WIDE))
+
+
+@gluon.jit
+def _ask_apply(qkv, turns, q_tiles, t_tiles, ready, tile, batch, first, column):
+    slot, n = tile % APPLY_STAGES, first + tile * APPLY_ROWS
+    mbarrier.expect(ready.index(slot), 2 * APPLY_ROWS * WIDE * 2)
+    tma.async_copy_global_to_shared(qkv, [batch, n, column], ready.index(slot), q_tiles.index(slot))
+    tma.async_copy_global_to_shared(turns, [n, 0], ready.index(slot), t_tiles.index(slot))
+
+
+@gluon.jit(do_not_specialize=["tokens", "heads", "tiles"])
+def attention_apply_kernel(
+    qkv, turns, weight, vk, ksum, given, out, tokens, heads, tiles, eps, D: gl.constexpr, FP8: gl.constexpr,
+):
+    """``(state q') / (ksum . q + eps)`` for ``tiles`` tiles of one head, see ``kernels_attention.py``. ``vk`` comes as int64."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[APPLY_WARPS, 1], instr_shape=[16, WIDE, 16])
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    row = gl.program_id(0)
+    batch, head = row // heads, row % heads
+    first = gl.program_id(1) * tiles * APPLY_ROWS
+    count = gl.minimum(tiles, (tokens - first + APPLY_ROWS - 1) // APPLY_ROWS)
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [APPLY_STAGES, 1, APPLY_ROWS, WIDE], qkv.layout)
+    t_tiles = gl.allocate_shared_memory(gl.int32, [APPLY_STAGES, APPLY_ROWS, PAIRS], turns.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [APPLY_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(APPLY_STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+    fence_async_shared()
+    barrier()
+    for stage in gl.static_range(APPLY_STAGES):
+        if stage < count:
+            _ask_apply(qkv, turns, q_tiles, t_tiles, ready, stage, batch, first, head * D)
+    state_a = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
+    state_b = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
+    vk += row.to(gl.int64) * (D * D // 2)
+    flat: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [APPLY_WARPS, 1], [1, 0])
+    d, e = _channel(gl.arange(0, WIDE, gl.SliceLayout(1, flat)), FP8), gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
+    pair = gl.load(vk + d[:, None] * (D // 2) + e[None, :], mask=(d < D)[:, None] & (e < D // 2)[None, :], other=0)
+    even, odd = pair.to(gl.int32).to(gl.float32, bitcast=True), (pair >> 32).to(gl.int32).to(gl.float32, bitcast=True)
+    largest = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(even), gl.abs(odd)), 0), 0), 1e-30)
+    state_a.store((even / largest).to(gl.float16))
+    state_b.store((odd / largest).to(gl.float16))
+    fence_async_shared()
+    if FP8:
+        largest /= gl.load(given)
+    j = gl.arange(0, PAIRS, gl.SliceLayout(0, left))
+    gain_a, gain_b = _both(weight + head * D, j, j < D // 2)
+    total_a, total_b = _both(ksum + row * D, j, j < D // 2)
+    for i in range(count):
+        slot = i % APPLY_STAGES
+        mbarrier.wait(ready.index(slot), i // APPLY_STAGES & 1)
+        a, b = _channels(_words(q_tiles.index(slot), APPLY_ROWS).load(left))
+        a, b = gl.maximum(a * gain_a[None, :], 0.0), gl.maximum(b * gain_b[None, :], 0.0)
+        times = 1.0 / gl.maximum(gl.max(gl.maximum(a, b), 1), 1e-30)
+        below = (gl.sum(a * total_a[None, :] + b * total_b[None, :], 1) + eps) * times
+        c, s = _turn(t_tiles.index(slot).load(left))
+        c, s = c * times[:, None], s * times[:, None]
+        turned_a, turned_b = (a * c - b * s).to(gl.float16), (a * s + b * c).to(gl.float16)
+        barrier()
+        if i + APPLY_STAGES < count:
+            _ask_apply(qkv, turns, q_tiles, t_tiles, ready, i + APPLY_STAGES, batch, first, head * D)
+        above = gl.zeros((APPLY_ROWS, WIDE), gl.float32, layout)
+        above = warpgroup_mma(turned_a, state_a.permute((1, 0)), above, use_acc=False, is_async=True)
+        above = warpgroup_mma(turned_b, state_b.permute((1, 0)), above, is_async=True)
+        above = warpgroup_mma_wait(0, deps=[above])
+        _put(above * gl.convert_layout(largest / below, gl.SliceLayout(1, layout))[:, None], out, batch, first + i * APPLY_ROWS,
+             head, tokens, heads, D, FP8)
+
+
+@gluon.jit
+def _put(result, out, batch, first, head, tokens, heads, D: gl.constexpr, FP8: gl.constexpr):
+    """A tile of the result where it belongs, 16 bytes a thread."""
+    if FP8:
+        layout: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 64], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+            [APPLY_ROWS, WIDE])
+        kind: gl.constexpr = gl.float8e4nv
+    else:
+        layout: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+            [APPLY_ROWS, WIDE])
+        kind: gl.constexpr = gl.bfloat16
+    result = gl.convert_layout(_ordered(result.to(kind), FP8), layout)
+    n = first + gl.arange(0, APPLY_ROWS, gl.SliceLayout(1, layout))
+    d = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+    out += (batch * tokens + first).to(gl.int64) * (heads * D) + head * D
+    at = (n - first)[:, None] * (heads * D) + d[None, :]
+    gl.store(out + at, result, mask=(n < tokens)[:, None] & (d < D)[None, :])
