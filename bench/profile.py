@@ -11,8 +11,9 @@ from .harness import Report
 KINDS = {  # a kernel belongs to the first kind with a word of its name
     "products": ("gemm", "cutlass", "nvjet", "add_product", "add_frames"),
     "gated_depthwise": ("gated_depthwise",),
-    "linear_attention": ("attention_keys", "key_factor", "attention_state", "attention_totals", "attention_apply"),
-    "text_attention": ("text_attention", "query_factor", "sdpa", "flash", "fmha", "rms_kernel"),
+    "linear_attention": ("attention_keys", "attention_state", "attention_totals", "attention_apply", "key_factor",
+                         "attention_sums", "attention_outputs"),
+    "text_attention": ("text_attention", "text_softmax", "query_factor", "sdpa", "flash", "fmha", "rms_kernel"),
     "norms_and_residuals": ("residual_norm",),
     "temporal": ("time_pairs", "pair_residual", "pair_weights", "temporal_taps", "given_taps", "framed_fp8"),
     "row_scales": ("row_fp8", "largest_kernel", "scale_kernel"),

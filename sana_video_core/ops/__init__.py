@@ -14,6 +14,7 @@ from . import (
     pairs,
     pairs_fused,
     reference,
+    softmax_fused,
 )
 from .onto import Onto, Shifted
 from .onto_fp8 import OntoRows
@@ -54,6 +55,7 @@ pixel_conv = operator(frames.pixel_conv)
 frame_attention = operator(frames.frame_attention)
 
 linear_fused.register(OPERATORS)
+softmax_fused.register(OPERATORS)
 fused.register(OPERATORS)
 fused_torch.register(OPERATORS)
 library.register(OPERATORS)

@@ -128,7 +128,7 @@ def _sum(k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, toke
 
 
 @gluon.jit(do_not_specialize=["tokens", "heads", "tiles"])
-def attention_state_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, tiles, D: gl.constexpr):
+def attention_sums_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, tiles, D: gl.constexpr):
     """Partial sums v k'^T ``[B, heads, splits, D, D]`` and of k ``[B, splits, heads, D]``, each over ``tiles`` tiles of a head.
 
     ``qkv [B, N, 3 C]`` and ``turns [N, D / 2]`` words are descriptors; ``factor [B, N]``: 1 / rms of the keys. Two heads are
@@ -148,16 +148,16 @@ def attention_state_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, 
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     gl.warp_specialize([
-        (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split, splits,
-                count, 0, D)),
-        (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split, splits,
-                count, 1, D)),
+        (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split,
+                splits, count, 0, D)),
+        (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split,
+                splits, count, 1, D)),
         (_ask, (qkv, turns, k_tiles, v_tiles, t_tiles, ready, empty, batch, first, head, heads, count, D)),
     ], [STATE_WARPS, 1], [STATE_REGISTERS, 40])
 
 
 @gluon.jit
-def _channel(m, FP8: gl.constexpr):
+def channel(m, FP8: gl.constexpr):
     """Where column m of a product's result belongs, so that a thread's columns are 16 bytes in a row of the output.
 
     The instruction gives a thread pairs of columns that lie 8 apart: their places are the bits above those of the thread.
@@ -186,7 +186,7 @@ def _ask_apply(qkv, turns, q_tiles, t_tiles, ready, tile, batch, first, column):
 
 
 @gluon.jit(do_not_specialize=["tokens", "heads", "tiles"])
-def attention_apply_kernel(
+def attention_outputs_kernel(
     qkv, turns, weight, vk, ksum, given, out, tokens, heads, tiles, eps, D: gl.constexpr, FP8: gl.constexpr,
 ):
     """``(state q') / (ksum . q + eps)`` for ``tiles`` tiles of one head, see ``kernels_attention.py``. ``vk`` comes as int64."""
@@ -210,8 +210,9 @@ def attention_apply_kernel(
     state_a = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
     state_b = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
     vk += row.to(gl.int64) * (D * D // 2)
+    out += (batch * tokens).to(gl.int64) * (heads * D)
     flat: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [APPLY_WARPS, 1], [1, 0])
-    d, e = _channel(gl.arange(0, WIDE, gl.SliceLayout(1, flat)), FP8), gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
+    d, e = channel(gl.arange(0, WIDE, gl.SliceLayout(1, flat)), FP8), gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
     pair = gl.load(vk + d[:, None] * (D // 2) + e[None, :], mask=(d < D)[:, None] & (e < D // 2)[None, :], other=0)
     even, odd = pair.to(gl.int32).to(gl.float32, bitcast=True), (pair >> 32).to(gl.int32).to(gl.float32, bitcast=True)
     largest = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(even), gl.abs(odd)), 0), 0), 1e-30)
@@ -240,12 +241,12 @@ def attention_apply_kernel(
         above = warpgroup_mma(turned_a, state_a.permute((1, 0)), above, use_acc=False, is_async=True)
         above = warpgroup_mma(turned_b, state_b.permute((1, 0)), above, is_async=True)
         above = warpgroup_mma_wait(0, deps=[above])
-        _put(above * gl.convert_layout(largest / below, gl.SliceLayout(1, layout))[:, None], out, batch, first + i * APPLY_ROWS,
-             head, tokens, heads, D, FP8)
+        put(above * gl.convert_layout(largest / below, gl.SliceLayout(1, layout))[:, None], out, first + i * APPLY_ROWS, head,
+            tokens, heads, D, FP8)
 
 
 @gluon.jit
-def _put(result, out, batch, first, head, tokens, heads, D: gl.constexpr, FP8: gl.constexpr):
+def put(result, out, first, head, tokens, heads, D: gl.constexpr, FP8: gl.constexpr):
     """A tile of the result where it belongs, 16 bytes a thread."""
     if FP8:
         layout: gl.constexpr = gl.DistributedLinearLayout(
@@ -260,6 +261,6 @@ def _put(result, out, batch, first, head, tokens, heads, D: gl.constexpr, FP8: g
     result = gl.convert_layout(_ordered(result.to(kind), FP8), layout)
     n = first + gl.arange(0, APPLY_ROWS, gl.SliceLayout(1, layout))
     d = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
-    out += (batch * tokens + first).to(gl.int64) * (heads * D) + head * D
+    out += first.to(gl.int64) * (heads * D) + head * D
     at = (n - first)[:, None] * (heads * D) + d[None, :]
     gl.store(out + at, result, mask=(n < tokens)[:, None] & (d < D)[None, :])

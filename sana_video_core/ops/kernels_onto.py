@@ -27,7 +27,7 @@ LEFT, WANTED = gl.constexpr(3), gl.constexpr(6)
 
 
 @gluon.jit
-def _place(tile, down, across):
+def place_of(tile, down, across):
     """(row, column) of a tile."""
     first = tile // (GROUP * across) * GROUP
     size = gl.minimum(down - first, GROUP)
@@ -36,7 +36,7 @@ def _place(tile, down, across):
 
 
 @gluon.jit
-def _corner(m, per, whole, size, FRAMES: gl.constexpr):
+def corner(m, per, whole, size, FRAMES: gl.constexpr):
     """(batch row, its first token, and where in x that is) of tile m: ROWS tokens, or of FRAMES frames as many each."""
     batch = m // per
     if FRAMES == 1:
@@ -57,10 +57,10 @@ def _token(r, first, inner, rows, size, FRAMES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, m, n, step, per, rows, whole, size, C: gl.constexpr, FRAMES: gl.constexpr):
+def fetch(x, m, n, step, per, rows, whole, size, C: gl.constexpr, FRAMES: gl.constexpr):
     """Eight rows of a tile of x, all but its end, into the second-level cache."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    batch, first, _, inner = _corner(m, per, whole, size, FRAMES)
+    batch, first, _, inner = corner(m, per, whole, size, FRAMES)
     token, _ = _token(step * 8 + lane // 4, first, inner, rows, size, FRAMES)
     column = gl.minimum(n * COLUMNS + lane % 4 * (COLUMNS // 4), C - 1)
     at = x + (batch * whole + gl.minimum(token, rows - 1)).to(gl.int64) * C + column
@@ -68,14 +68,14 @@ def _fetch(x, m, n, step, per, rows, whole, size, C: gl.constexpr, FRAMES: gl.co
 
 
 @gluon.jit
-def _ask(a, b, x, a_parts, b_parts, x_parts, ready, empty, x_ready, x_empty, extra, tiles, down, across, per, rows, whole, size, stride,
-         C: gl.constexpr, K: gl.constexpr, TAPS: gl.constexpr, HAS_EXTRA: gl.constexpr):
+def _ask(a, b, x, a_parts, b_parts, x_parts, ready, empty, x_ready, x_empty, extra, tiles, down, across, per, rows, whole, size,
+         stride, C: gl.constexpr, K: gl.constexpr, TAPS: gl.constexpr, HAS_EXTRA: gl.constexpr):
     """Every piece of both operands into the place that is free next, and what the tile is added to."""
     STEPS: gl.constexpr = (K + DEPTH - 1) // DEPTH
     LAST: gl.constexpr = TAPS * STEPS - 1
     place, turn = 0, 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = _place(tile, down, across)
+        m, n = place_of(tile, down, across)
         row = m // per * stride + m % per * ROWS
         for tap in gl.static_range(TAPS):
             for k in range(STEPS):
@@ -94,7 +94,7 @@ def _ask(a, b, x, a_parts, b_parts, x_parts, ready, empty, x_ready, x_empty, ext
                                                         x_parts.index(j))
                     turn += 1
                 if HAS_EXTRA and tap * STEPS + k < ROWS // 8:
-                    _fetch(extra, m, n, tap * STEPS + k, per, rows, whole, size, C, 1)
+                    fetch(extra, m, n, tap * STEPS + k, per, rows, whole, size, C, 1)
 
 
 @gluon.jit
@@ -105,7 +105,7 @@ def _multiply(a_parts, b_parts, x_parts, o_parts, ready, empty, x_ready, x_empty
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 32])
     place, turn = 0, 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = _place(tile, down, across)
+        m, n = place_of(tile, down, across)
         sums = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
         for k in range(TOTAL):
             slot = place % STAGES
@@ -122,7 +122,7 @@ def _multiply(a_parts, b_parts, x_parts, o_parts, ready, empty, x_ready, x_empty
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index((place - 1) % STAGES), count=1)
         mbarrier.wait(x_ready, turn & 1)
-        _add(sums, m, n, x_parts, o_parts, x, out, extra, gate, bias, scale, factor, given, per, rows, whole, size, C, HAS_EXTRA,
+        add(sums, m, n, x_parts, o_parts, x, out, extra, gate, bias, scale, factor, given, per, rows, whole, size, C, HAS_EXTRA,
              HAS_GATE, HAS_BIAS, BY_ROW, FP8, 1)
         turn += 1
     tma.store_wait(0)
@@ -136,13 +136,13 @@ def _part(sums, j: gl.constexpr):
 
 
 @gluon.jit
-def _add(sums, m, n, x_parts, o_parts, x, out, extra, gate, bias, scale, factor, given, per, rows, whole, size, C: gl.constexpr,
+def add(sums, m, n, x_parts, o_parts, x, out, extra, gate, bias, scale, factor, given, per, rows, whole, size, C: gl.constexpr,
          HAS_EXTRA: gl.constexpr, HAS_GATE: gl.constexpr, HAS_BIAS: gl.constexpr, BY_ROW: gl.constexpr, FP8: gl.constexpr,
          FRAMES: gl.constexpr):
     """``x += gate * (factor * scale * sums + bias + extra)``, and the same over ``given`` into ``out`` (FP8)."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDTH, 32])
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
-    batch, first, outer, inner = _corner(m, per, whole, size, FRAMES)
+    batch, first, outer, inner = corner(m, per, whole, size, FRAMES)
     times, inverse = gl.load(scale), 1.0 / gl.load(given)
     if BY_ROW:
         token = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
@@ -191,8 +191,9 @@ def add_product_kernel(
     the same over ``given`` into ``out``. a, b, x and out are descriptors, the others pointers.
 
     ``a [.., K]``: rows of a batch row begin ``stride`` rows after those of the one before; with TAPS = 3 a row is multiplied
-    together with those ``size`` and twice ``size`` behind it. ``whole``: tokens of a batch row, of which ``rows`` are made. ``b [C, TAPS * K]``. ``per``: tiles that hold the rows of a batch
-    row, ``down`` all of them, ``across`` those that hold C. A program makes every so many tiles.
+    together with those ``size`` and twice ``size`` behind it. ``b [C, TAPS * K]``. ``whole``: tokens of a batch row, of which
+    ``rows`` are made. ``per``: tiles that hold these, ``down`` all of them, ``across`` those that hold C. A program makes every
+    so many tiles.
     """
     a_parts = gl.allocate_shared_memory(a.dtype, [STAGES, ROWS, DEPTH], a.layout)
     b_parts = gl.allocate_shared_memory(b.dtype, [STAGES, COLUMNS, DEPTH], b.layout)
@@ -216,121 +217,4 @@ def add_product_kernel(
                      given, tiles, down, across, per, rows, whole, size, C, TOTAL, HAS_EXTRA, HAS_GATE, HAS_BIAS, BY_ROW, FP8)),
         (_ask, (a, b, x, a_parts, b_parts, x_parts, ready, empty, x_ready, x_empty, extra, tiles, down, across, per, rows, whole,
                 size, stride, C, K, TAPS, HAS_EXTRA)),
-    ], [1], [40])
-
-
-TOGETHER = gl.constexpr(4)  # frames of a tile, whose tokens share what their neighbours in time are read from
-PLACES = gl.constexpr(32)  # tokens of each
-A_STAGES, B_STAGES = gl.constexpr(2), gl.constexpr(3)
-
-
-@gluon.jit
-def _ask_frames(a, b, x, a_parts, b_parts, x_parts, a_ready, a_empty, b_ready, b_empty, x_ready, x_empty, extra, tiles, down,
-                across, per, rows, whole, size, C: gl.constexpr, K: gl.constexpr, HAS_EXTRA: gl.constexpr):
-    """Every piece into the place that is free next: of six frames once, of the weight for each tap."""
-    STEPS: gl.constexpr = (K + DEPTH - 1) // DEPTH
-    a_place, b_place, turn = 0, 0, 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = _place(tile, down, across)
-        batch, first, outer, inner = _corner(m, per, whole, size, TOGETHER)
-        frame = batch * (whole // size + 2) + first // size
-        for k in range(STEPS):
-            slot = a_place % A_STAGES
-            mbarrier.wait(a_empty.index(slot), (a_place // A_STAGES & 1) ^ 1)
-            mbarrier.expect(a_ready.index(slot), (TOGETHER + 2) * PLACES * DEPTH)
-            for f in gl.static_range(TOGETHER + 2):
-                tma.async_copy_global_to_shared(a, [frame + f, inner, k * DEPTH], a_ready.index(slot),
-                                                a_parts.index(slot * (TOGETHER + 2) + f))
-            a_place += 1
-            for tap in gl.static_range(3):
-                into = b_place % B_STAGES
-                mbarrier.wait(b_empty.index(into), (b_place // B_STAGES & 1) ^ 1)
-                mbarrier.expect(b_ready.index(into), COLUMNS * DEPTH)
-                tma.async_copy_global_to_shared(b, [n * COLUMNS, tap * K + k * DEPTH], b_ready.index(into), b_parts.index(into))
-                b_place += 1
-            if k == min(WANTED // 3, STEPS - 1):
-                mbarrier.wait(x_empty, (turn & 1) ^ 1)
-                mbarrier.expect(x_ready, ROWS * COLUMNS * 2)
-                for j in gl.static_range(PARTS):
-                    tma.async_copy_global_to_shared(x, [outer, inner, n * COLUMNS + j * WIDTH], x_ready, x_parts.index(j))
-                turn += 1
-            if HAS_EXTRA and k < ROWS // 8:
-                _fetch(extra, m, n, k, per, rows, whole, size, C, TOGETHER)
-
-
-@gluon.jit
-def _multiply_frames(a_parts, b_parts, x_parts, o_parts, a_ready, a_empty, b_ready, b_empty, x_ready, x_empty, x, out, extra, gate,
-                     bias, scale, factor, given, tiles, down, across, per, rows, whole, size, C: gl.constexpr, STEPS: gl.constexpr,
-                     HAS_EXTRA: gl.constexpr, HAS_GATE: gl.constexpr, HAS_BIAS: gl.constexpr, FP8: gl.constexpr):
-    """Tiles of the product, and what becomes of them: a tap's frames lie a frame further in the same place."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 32])
-    left: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    a_place, b_place, turn = 0, 0, 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m, n = _place(tile, down, across)
-        sums = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
-        for k in range(STEPS):
-            slot = a_place % A_STAGES
-            mbarrier.wait(a_ready.index(slot), a_place // A_STAGES & 1)
-            for tap in gl.static_range(3):
-                into = b_place % B_STAGES
-                mbarrier.wait(b_ready.index(into), b_place // B_STAGES & 1)
-                frames = a_parts.index(slot * (TOGETHER + 2) + tap)._reinterpret(gl.float8e4nv, [ROWS, DEPTH], left)
-                sums = warpgroup_mma(frames, b_parts.index(into).permute((1, 0)), sums, is_async=True)
-                sums = warpgroup_mma_wait(1, deps=[sums])
-                if (k > 0) | (tap > 0):  # the one before has been multiplied
-                    mbarrier.arrive(b_empty.index((b_place - 1) % B_STAGES), count=1)
-                if tap == 0 and k > 0:
-                    mbarrier.arrive(a_empty.index((a_place - 1) % A_STAGES), count=1)
-                b_place += 1
-            a_place += 1
-            if k == min(LEFT // 3, STEPS - 1) and turn > 0:
-                tma.store_wait(0)
-                barrier()
-                mbarrier.arrive(x_empty, count=1)
-        sums = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(b_empty.index((b_place - 1) % B_STAGES), count=1)
-        mbarrier.arrive(a_empty.index((a_place - 1) % A_STAGES), count=1)
-        mbarrier.wait(x_ready, turn & 1)
-        _add(sums, m, n, x_parts, o_parts, x, out, extra, gate, bias, scale, factor, given, per, rows, whole, size, C, HAS_EXTRA,
-             HAS_GATE, HAS_BIAS, False, FP8, TOGETHER)
-        turn += 1
-    tma.store_wait(0)
-
-
-@gluon.jit(do_not_specialize=["tiles", "down", "across", "per", "rows", "whole", "size"])
-def add_frames_kernel(
-    a, b, x, out, extra, gate, bias, scale, factor, given, tiles, down, across, per, rows, whole, size, C: gl.constexpr,
-    K: gl.constexpr, HAS_EXTRA: gl.constexpr, HAS_GATE: gl.constexpr, HAS_BIAS: gl.constexpr, FP8: gl.constexpr,
-):
-    """``add_product_kernel`` of TAPS = 3 for frames that come TOGETHER: ``a [frames with those between, S, K]`` and ``x``, ``out``
-    ``[frames, S, C]`` are read frame by frame, a neighbour in time once for all that it stands beside."""
-    a_parts = gl.allocate_shared_memory(a.dtype, [A_STAGES * (TOGETHER + 2), 1, PLACES, DEPTH], a.layout)
-    b_parts = gl.allocate_shared_memory(b.dtype, [B_STAGES, COLUMNS, DEPTH], b.layout)
-    x_parts = gl.allocate_shared_memory(x.dtype, [PARTS, TOGETHER, PLACES, WIDTH], x.layout)
-    o_parts = x_parts
-    if FP8:
-        o_parts = gl.allocate_shared_memory(out.dtype, [2, TOGETHER, PLACES, WIDTH], out.layout)
-    a_ready = gl.allocate_shared_memory(gl.int64, [A_STAGES, 1], mbarrier.MBarrierLayout())
-    a_empty = gl.allocate_shared_memory(gl.int64, [A_STAGES, 1], mbarrier.MBarrierLayout())
-    b_ready = gl.allocate_shared_memory(gl.int64, [B_STAGES, 1], mbarrier.MBarrierLayout())
-    b_empty = gl.allocate_shared_memory(gl.int64, [B_STAGES, 1], mbarrier.MBarrierLayout())
-    x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(A_STAGES):
-        mbarrier.init(a_ready.index(s), count=1)
-        mbarrier.init(a_empty.index(s), count=1)
-    for s in gl.static_range(B_STAGES):
-        mbarrier.init(b_ready.index(s), count=1)
-        mbarrier.init(b_empty.index(s), count=1)
-    mbarrier.init(x_ready, count=1)
-    mbarrier.init(x_empty, count=1)
-    fence_async_shared()
-    STEPS: gl.constexpr = (K + DEPTH - 1) // DEPTH
-    gl.warp_specialize([
-        (_multiply_frames, (a_parts, b_parts, x_parts, o_parts, a_ready, a_empty, b_ready, b_empty, x_ready, x_empty, x, out, extra,
-                            gate, bias, scale, factor, given, tiles, down, across, per, rows, whole, size, C, STEPS, HAS_EXTRA,
-                            HAS_GATE, HAS_BIAS, FP8)),
-        (_ask_frames, (a, b, x, a_parts, b_parts, x_parts, a_ready, a_empty, b_ready, b_empty, x_ready, x_empty, extra, tiles, down,
-                       across, per, rows, whole, size, C, K, HAS_EXTRA)),
     ], [1], [40])

@@ -52,13 +52,13 @@ def linear_attention(
     with torch.cuda.device_of(qkv):
         _kernels("kernels_attention").key_factor_kernel[(tokens, batch)](
             qkv, cos, sin, turns, factor, tokens, norm_eps, **_row(width), HALF=dim // 2, HALF_BLOCK=64, num_warps=1)
-        kernels.attention_state_kernel[(batch * heads // 2, splits)](
+        kernels.attention_sums_kernel[(batch * heads // 2, splits)](
             pieces(qkv, 1, rows, 128), pieces(turns, rows, 64), factor, k_weight, vk, ksum, tokens, heads, tiles, D=dim,
             num_warps=warps)
         own, total = _totals(vk, ksum, history)
         rows, warps = kernels.APPLY_ROWS.value, kernels.APPLY_WARPS.value
         tiles, programs = _programs(tokens, rows)
-        kernels.attention_apply_kernel[(batch * heads, programs)](
+        kernels.attention_outputs_kernel[(batch * heads, programs)](
             pieces(qkv, 1, rows, 128), pieces(turns, rows, 64), q_weight, total.vk.view(torch.int64), total.ksum,
             cos if given is None else given, out, tokens, heads, tiles, eps, D=dim, FP8=given is not None, num_warps=warps)
     return out if given is None else Rows(out, given), own

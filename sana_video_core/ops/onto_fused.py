@@ -15,7 +15,7 @@ from .reference import Rows
 from .registry import Constraint, fault_of
 
 WARPS = 2  # of the program that frames a token
-TOGETHER, PLACES = 4, 32  # as in kernels_onto.py: frames of a tile, tokens of each
+TOGETHER, PLACES = 4, 32  # as in kernels_onto_frames.py
 # By the first form of the kernel on an H200, a block's three sums in us: 4,608 tiles 3,005 where products and passes take 3,360,
 # 1,368 tiles 1,146 and 1,082, 1,098 tiles 841 and 865. Not tried between.
 LEAST_TILES = 2000
@@ -50,13 +50,19 @@ def add_product_fp8(
     frames: int = 0, given: Tensor | None = None,
 ) -> Tensor | Rows:
     """See ``onto_fp8.add_product_fp8``; nothing but the operands and the tokens is read or written."""
+    size = x.shape[1] // frames if frames else 0
+    shared = y.scale.numel() == 1 and size >= PLACES and frames >= TOGETHER and frames_fault(x.device) is None
+    return _added(x, y, weight, bias, gate, extra, frames, frames // TOGETHER * TOGETHER if shared else 0, given)
+
+
+def _added(x, y, weight, bias, gate, extra, frames: int, together: int, given: Tensor | None) -> Tensor | Rows:
+    """The first ``together`` of the frames four at a time, all else row by row."""
     batch, tokens, channels = x.shape
     size = tokens // frames if frames else 0
     rest = {"bias": None if bias is None else bias.contiguous(), "given": given,
             "gate": None if gate is None else gate.expand(batch, -1, -1).contiguous()}
     out = x if given is None else torch.empty_like(x, dtype=torch.float8_e4m3fn)
     extra = None if extra is None else extra.contiguous()
-    together = frames // TOGETHER * TOGETHER if y.scale.numel() == 1 and size >= PLACES else 0
     with torch.cuda.device_of(x):
         if together:
             _add_frames(x, y, weight, extra, out, frames, together, **rest)
@@ -94,14 +100,14 @@ def _add_rows(x: Tensor, y: Rows, weight: Rows, extra: Tensor | None, out: Tenso
     a = y.values.reshape(-1, y.values.shape[-1]).contiguous()
     kernels.add_product_kernel[(min(_processors(x.device), down * across),)](
         _pieces(a, tile, depth), _pieces(weight.values.contiguous(), columns, depth), _pieces(x, 1, tile, width),
-        _pieces(out, 1, tile, width), *pointers, down * across, down, across, per, rows, whole, size, whole + 2 * size, C=channels,
-        K=a.shape[1], TAPS=3 if size else 1, BY_ROW=y.scale.numel() > 1, **there, num_warps=kernels.WARPS.value)
+        _pieces(out, 1, tile, width), *pointers, down * across, down, across, per, rows, whole, size, whole + 2 * size,
+        C=channels, K=a.shape[1], TAPS=3 if size else 1, BY_ROW=y.scale.numel() > 1, **there, num_warps=kernels.WARPS.value)
 
 
 def _add_frames(x: Tensor, y: Rows, weight: Rows, extra: Tensor | None, out: Tensor, frames: int, together: int, *, gate, bias,
                 given):
     """The first ``together`` frames of each batch row, a multiple of TOGETHER."""
-    kernels, (batch, whole, channels) = import_module(".kernels_onto", __package__), x.shape
+    kernels, (batch, whole, channels) = import_module(".kernels_onto_frames", __package__), x.shape
     columns, depth, width = (n.value for n in (kernels.COLUMNS, kernels.DEPTH, kernels.WIDTH))
     size = whole // frames
     per, across = together // TOGETHER * -(-size // PLACES), -(-channels // columns)
@@ -114,20 +120,28 @@ def _add_frames(x: Tensor, y: Rows, weight: Rows, extra: Tensor | None, out: Ten
         batch * per, across, per, together * size, whole, size, C=channels, K=a.shape[2], **there, num_warps=kernels.WARPS.value)
 
 
+def _error(device: torch.device, frames: int, together: int) -> float:
+    """How far a small product is from the truth."""
+    made = torch.Generator(device).manual_seed(0)
+    x = torch.randn(2, 5 * 40, 272, generator=made, device=device).bfloat16()
+    y, weight = (Rows(torch.randn(n, k, generator=made, device=device).to(torch.float8_e4m3fn), torch.ones((), device=device))
+                 for n, k in ((2 * (5 + 2) * 40 if frames else 400, 144), (272, 3 * 144 if frames else 144)))
+    expected = onto_fp8.add_product_fp8(x.clone(), y, weight, gate=x[:, :1], frames=frames)
+    return float((_added(x.clone(), y, weight, None, x[:, :1], None, frames, together, None) - expected).norm() / expected.norm())
+
+
 @cache
 def gluon_fault(device: torch.device) -> str | None:
-    """Reason why the kernels do not work there, or None: a small product is made and compared, once."""
-    made = torch.Generator(device).manual_seed(0)
+    """Reason why the kernel does not work there, or None; tried once."""
+    return fault_of("add_product_fp8", lambda: max(_error(device, 0, 0), _error(device, 5, 0)),
+                    "products in fp8 are added in passes of their own instead")
 
-    def error(frames: int) -> float:
-        x = torch.randn(2, 5 * 40, 272, generator=made, device=device).bfloat16()
-        rows = 2 * (5 + 2) * 40 if frames else 400
-        y, weight = (Rows(torch.randn(n, k, generator=made, device=device).to(torch.float8_e4m3fn), torch.ones((), device=device))
-                     for n, k in ((rows, 144), (272, 3 * 144 if frames else 144)))
-        expected = onto_fp8.add_product_fp8(x.clone(), y, weight, gate=x[:, :1], frames=frames)
-        return float((add_product_fp8(x.clone(), y, weight, gate=x[:, :1], frames=frames) - expected).norm() / expected.norm())
 
-    return fault_of("add_product_fp8", lambda: max(error(0), error(5)), "products in fp8 are added in passes of their own instead")
+@cache
+def frames_fault(device: torch.device) -> str | None:
+    """Reason why that for frames four at a time does not, or None; tried once. Triton 3.8 refuses its view of six frames as the
+    four of a tap."""
+    return fault_of("add_product_fp8, four frames", lambda: _error(device, 5, 4), "frames are taken one at a time")
 
 
 def refuses(x, y, weight, bias=None, gate=None, extra=None, *, given=None, **_) -> str | None:

@@ -82,7 +82,8 @@ def test_a_backend_for_one_kind_of_card_says_so(found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found)
     assert registry._machine_refusal(torch.device("cuda"), True, (8, 0), 9) == reason
     states = {(name, backend): state for name, backend, state in ops.report()}
-    for key in (("add_product_fp8", "gluon"), ("pair_conv", "triton"), ("open_pairs", "triton")):
+    gluon = ((name, "gluon") for name in ("add_product_fp8", "linear_attention", "softmax_attention"))
+    for key in (*gluon, ("pair_conv", "triton"), ("open_pairs", "triton")):
         assert states[key] == ("available" if reason is None else f"unavailable: {reason}")
     assert states["causal_step", "triton"] == "available"
 
