@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import fused, reference
+from .descriptors import misplaced, pieces
 from .fused import _kernels, _row, _totals
 from .reference import ATTENTION_EPS, Contribution, Rows
 from .registry import Constraint, fault_of
@@ -31,17 +32,9 @@ def linear_attention(
     given: Tensor | None = None,
 ) -> tuple[Tensor | Rows, Contribution]:
     """See ``reference.linear_attention`` (``quality``); rounded as in ``fused.linear_attention``."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim, kernels = width // heads, _kernels("kernels_linear")
-
-    def pieces(matrix: Tensor, *shape: int) -> TensorDescriptor:
-        kind = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.int32
-        return TensorDescriptor.from_tensor(matrix, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), kind))
-
     rows, warps = kernels.STATE_ROWS.value, kernels.STATE_WARPS.value
     tiles, splits = _programs(tokens, rows)
     new = {"device": qkv.device, "dtype": torch.float32}
@@ -91,7 +84,7 @@ def refuses(qkv, q_weight, k_weight, cos, sin, heads, *rest, **options) -> str |
         return f"is made for heads of 80, 96, 112 or 128 channels, this one has {dim}"
     if heads % 2:
         return f"sums two heads side by side, here are {heads}"
-    return gluon_fault(qkv.device) if qkv.is_cuda else None
+    return misplaced(qkv) or (gluon_fault(qkv.device) if qkv.is_cuda else None)
 
 
 def register(operators: dict) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import onto_fp8
+from .descriptors import misplaced, pieces
 from .fused import _kernels, _row
 from .fused_torch import one_dtype
 from .reference import Rows
@@ -74,15 +75,6 @@ def _added(x, y, weight, bias, gate, extra, frames: int, together: int, given: T
     return x if given is None else Rows(out, given)
 
 
-def _pieces(matrix: Tensor, *shape: int):
-    """A matrix that is read or written in pieces."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    kind = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float8e4nv
-    return TensorDescriptor.from_tensor(matrix, list(shape), gl.NVMMASharedLayout.get_default_for(list(shape), kind))
-
-
 def _operands(x: Tensor, extra, gate, bias, y: Rows, weight: Rows, given) -> tuple[list[Tensor], dict[str, bool]]:
     """(what a kernel takes as pointers, what of it is there)."""
     scale, factor = weight.scale.reshape(1), y.scale.reshape(-1).contiguous()
@@ -99,8 +91,8 @@ def _add_rows(x: Tensor, y: Rows, weight: Rows, extra: Tensor | None, out: Tenso
     pointers, there = _operands(x, extra, gate, bias, y, weight, given)
     a = y.values.reshape(-1, y.values.shape[-1]).contiguous()
     kernels.add_product_kernel[(min(_processors(x.device), down * across),)](
-        _pieces(a, tile, depth), _pieces(weight.values.contiguous(), columns, depth), _pieces(x, 1, tile, width),
-        _pieces(out, 1, tile, width), *pointers, down * across, down, across, per, rows, whole, size, whole + 2 * size,
+        pieces(a, tile, depth), pieces(weight.values.contiguous(), columns, depth), pieces(x, 1, tile, width),
+        pieces(out, 1, tile, width), *pointers, down * across, down, across, per, rows, whole, size, whole + 2 * size,
         C=channels, K=a.shape[1], TAPS=3 if size else 1, BY_ROW=y.scale.numel() > 1, **there, num_warps=kernels.WARPS.value)
 
 
@@ -115,8 +107,8 @@ def _add_frames(x: Tensor, y: Rows, weight: Rows, extra: Tensor | None, out: Ten
     a = y.values.view(batch * (frames + 2), size, -1)
     tiles = batch * per * across
     kernels.add_frames_kernel[(min(_processors(x.device), tiles),)](
-        _pieces(a, 1, PLACES, depth), _pieces(weight.values.contiguous(), columns, depth),
-        *(_pieces(t.view(batch * frames, size, channels), TOGETHER, PLACES, width) for t in (x, out)), *pointers, tiles,
+        pieces(a, 1, PLACES, depth), pieces(weight.values.contiguous(), columns, depth),
+        *(pieces(t.view(batch * frames, size, channels), TOGETHER, PLACES, width) for t in (x, out)), *pointers, tiles,
         batch * per, across, per, together * size, whole, size, C=channels, K=a.shape[2], **there, num_warps=kernels.WARPS.value)
 
 
@@ -157,7 +149,7 @@ def refuses(x, y, weight, bias=None, gate=None, extra=None, *, given=None, **_) 
     _, down, across = _tiles(*x.shape)
     if down * across < LEAST_TILES:
         return f"worth it from {LEAST_TILES} tiles of 128 by 256 on, here are {down * across}"
-    return one_dtype(x, bias, gate, extra) or (gluon_fault(x.device) if x.is_cuda else None)
+    return one_dtype(x, bias, gate, extra) or misplaced(x) or (gluon_fault(x.device) if x.is_cuda else None)
 
 
 def register(operators: dict) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .descriptors import misplaced, pieces
 from .fused import _kernels, _row
 from .fused_torch import one_dtype
 from .reference import Rows
@@ -35,9 +36,6 @@ def softmax_attention(
 ) -> Tensor | Rows:
     """See ``reference.softmax_attention``, with ``lengths``; rounded as in ``fused.softmax_attention``. A row of the batch at a
     time."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     q = q if q.stride()[1:] == (q.shape[2], 1) else q.contiguous()  # one row may stand for all
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     batch, tokens, channels = q.shape
@@ -47,16 +45,15 @@ def softmax_attention(
     factor = torch.empty(tokens, device=q.device, dtype=torch.float32)  # neither is touched without a norm
     rows, scale = kernels.ROWS.value, dim**-0.5 * 1.4426950408889634  # scores count in powers of two
     tiles = -(-tokens // (PROGRAMS * rows))
-    layout = gl.NVMMASharedLayout.get_default_for([rows, 128], gl.bfloat16)
     with torch.cuda.device_of(q):
         for i, words in enumerate(lengths):
             if norm is not None:
                 _kernels("kernels_text").query_factor_kernel[(tokens,)](
                     q[i], factor, tokens, eps, **_row(channels), TOKENS=1, num_warps=1)
             kernels.text_softmax_kernel[(heads, -(-tokens // (rows * tiles)))](
-                TensorDescriptor.from_tensor(q[i], [rows, 128], layout), factor, weight, k[i], v[i], given if fp8 else factor,
-                out[i], tokens, heads, words, tiles, k.stride(1), v.stride(1), scale, HAS_NORM=norm is not None, D=dim, FP8=fp8,
-                **_form(words), num_warps=kernels.WARPS.value)
+                pieces(q[i], rows, 128), factor, weight, k[i], v[i], given if fp8 else factor, out[i], tokens, heads, words, tiles,
+                k.stride(1), v.stride(1), scale, HAS_NORM=norm is not None, D=dim, FP8=fp8, **_form(words),
+                num_warps=kernels.WARPS.value)
     return Rows(out, given) if fp8 else out
 
 
@@ -85,7 +82,8 @@ def refuses(q, k, v, heads, mask=None, lengths=None, norm=None, **_) -> str | No
     dim = q.shape[-1] // heads
     if dim <= 64 or dim % 16:
         return f"is made for heads of 80, 96, 112 or 128 channels, this one has {dim}"
-    return one_dtype(q, k, v, *(() if norm is None else norm[:1])) or (gluon_fault(q.device) if q.is_cuda else None)
+    reason = one_dtype(q, k, v, *(() if norm is None else norm[:1])) or misplaced(q)
+    return reason or (gluon_fault(q.device) if q.is_cuda else None)
 
 
 def register(operators: dict) -> None:

@@ -49,6 +49,16 @@ def test_text_attention_takes_texts_it_has_room_for():
     assert "80, 96, 112 or 128" in text((5,), dim=32)
 
 
+def test_a_matrix_begins_where_a_descriptor_can():
+    wide = torch.zeros(6 * 672 + 8).bfloat16()
+    table, weight = torch.zeros(6, 56), torch.ones(224)
+    for start, expected in ((8, None), (4, "16 bytes")):
+        qkv, q = wide[start:start + 6 * 672].view(1, 6, 672), wide[start:start + 6 * 224].view(1, 6, 224)
+        for reason in (linear_fused.refuses(qkv, weight, weight, table, table, 2), softmax_fused.refuses(q, q, q, 2, None, (5,)),
+                       None if expected is None else onto_fused.misplaced(q)):
+            assert reason is None if expected is None else expected in reason
+
+
 @pytest.mark.parametrize("words", range(1, softmax_fused.WORDS_HELD + 1))
 def test_a_text_fits_and_a_place_serves_one_group(words):
     form = softmax_fused._form(words)
