@@ -27,4 +27,4 @@ def misplaced(matrix: Tensor) -> str | None:
 def pieces(matrix: Tensor, *shape: int):
     """A descriptor of ``matrix`` (last channels contiguous, steps and start in multiples of 16 bytes) in pieces of ``shape``."""
     layout, kind = _layout(matrix.dtype, shape)
-    return kind(matrix, list(matrix.shape), list(matrix.stride()), list(shape), layout)
+    return kind.from_tensor(matrix, list(shape), layout)

@@ -1,8 +1,8 @@
 """The linear attention in Gluon, Triton's language for one kind of card: sums over tokens and their application on Hopper.
 
-Import only where Triton has Gluon; called by ``linear_fused.py``, after ``key_factor_kernel``. Here a key is read once more
-instead of being written and read: tiles of what comes next are copied into shared memory while one is multiplied, keys are
-normed and turned where they lie there, and what a thread has of a query or a result is what the product's instruction asks for.
+Import only where Triton has Gluon; called by ``linear_fused.py``, after ``key_factor_kernel``. A key is read once more instead of
+being written and read: tiles of what comes next are copied into shared memory while one is multiplied, keys are normed and turned
+where they lie there, and what a thread has of a query or a result is what the product's instruction asks for or gives.
 Words and pairs of channels as in ``kernels_attention.py``, precision too. Heads come first in the grid, so that what runs at one
 time reads whole tokens. A tile is WIDE channels wide, beyond a head's it has another's, which nothing is made of.
 """
@@ -23,10 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .kernels_onto import barrier
 
 WIDE, PAIRS = gl.constexpr(128), gl.constexpr(64)
-# Tokens of a tile, tiles that shared memory holds, warps.
-STATE_ROWS, STATE_STAGES, STATE_WARPS = gl.constexpr(32), gl.constexpr(5), gl.constexpr(4)
-STATE_REGISTERS = gl.constexpr(232)
-APPLY_ROWS, APPLY_STAGES, APPLY_WARPS = gl.constexpr(64), gl.constexpr(2), gl.constexpr(4)
+# Tokens of a tile, tiles that shared memory holds, warps (of a head).
+SUM_ROWS, SUM_STAGES, SUM_WARPS = gl.constexpr(32), gl.constexpr(5), gl.constexpr(4)
+OUT_ROWS, OUT_STAGES, OUT_WARPS = gl.constexpr(64), gl.constexpr(2), gl.constexpr(4)
 
 
 @gluon.jit
@@ -67,9 +66,9 @@ def _words(tile, ROWS: gl.constexpr):
 def _ask(qkv, turns, k_tiles, v_tiles, t_tiles, ready, empty, batch, first, head, heads, count, D: gl.constexpr):
     """Every tile of two heads into the place that is free next."""
     for i in range(count):
-        slot, n = i % STATE_STAGES, first + i * STATE_ROWS
-        mbarrier.wait(empty.index(slot), (i // STATE_STAGES & 1) ^ 1)
-        mbarrier.expect(ready.index(slot), 5 * STATE_ROWS * WIDE * 2)
+        slot, n = i % SUM_STAGES, first + i * SUM_ROWS
+        mbarrier.wait(empty.index(slot), (i // SUM_STAGES & 1) ^ 1)
+        mbarrier.expect(ready.index(slot), 5 * SUM_ROWS * WIDE * 2)
         for h in gl.static_range(2):
             column = (heads + head + h) * D
             tma.async_copy_global_to_shared(qkv, [batch, n, column], ready.index(slot), k_tiles.index(2 * slot + h))
@@ -80,43 +79,43 @@ def _ask(qkv, turns, k_tiles, v_tiles, t_tiles, ready, empty, batch, first, head
 @gluon.jit
 def _folded(x):
     """Tokens of a tile that one thread has, added up."""
-    return gl.sum(x.reshape((STATE_ROWS // (2 * STATE_WARPS), 2 * STATE_WARPS, PAIRS)), 0)
+    return gl.sum(x.reshape((SUM_ROWS // (2 * SUM_WARPS), 2 * SUM_WARPS, PAIRS)), 0)
 
 
 @gluon.jit
 def _sum(k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split, splits,
          count, OWN: gl.constexpr, D: gl.constexpr):
     """One head's sums over the tiles: keys are normed and turned where they lie, while the tile before is multiplied."""
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [STATE_WARPS, 1], [1, 0])
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[STATE_WARPS, 1], instr_shape=[16, WIDE, 16])
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [SUM_WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[SUM_WARPS, 1], instr_shape=[16, WIDE, 16])
     head += OWN
     j = gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
-    own = gl.arange(0, STATE_ROWS, gl.SliceLayout(1, flat))
+    own = gl.arange(0, SUM_ROWS, gl.SliceLayout(1, flat))
     gain_a, gain_b = _both(weight + head * D, j, j < D // 2)
-    sum_a = _folded(gl.zeros((STATE_ROWS, PAIRS), gl.float32, flat))
+    sum_a = _folded(gl.zeros((SUM_ROWS, PAIRS), gl.float32, flat))
     sum_b = sum_a
     factor += batch * tokens
     times = gl.load(factor + first + own, mask=first + own < tokens, other=0.0)
     state = warpgroup_mma_init(gl.zeros((WIDE, WIDE), gl.float32, layout))
     for i in range(count):
-        slot = i % STATE_STAGES
-        mbarrier.wait(ready.index(slot), i // STATE_STAGES & 1)
-        keys = _words(k_tiles.index(2 * slot + OWN), STATE_ROWS)
+        slot = i % SUM_STAGES
+        mbarrier.wait(ready.index(slot), i // SUM_STAGES & 1)
+        keys = _words(k_tiles.index(2 * slot + OWN), SUM_ROWS)
         a, b = _channels(keys.load(flat))
         a, b = gl.maximum(a * gain_a[None, :], 0.0) * times[:, None], gl.maximum(b * gain_b[None, :], 0.0) * times[:, None]
         sum_a += _folded(a)
         sum_b += _folded(b)
         c, s = _turn(t_tiles.index(slot).load(flat))
         keys.store(_word(a * c - b * s, a * s + b * c))
-        n = first + (i + 1) * STATE_ROWS + own
+        n = first + (i + 1) * SUM_ROWS + own
         times = gl.load(factor + n, mask=n < tokens, other=0.0)
         state = warpgroup_mma_wait(0, deps=[state])
         fence_async_shared()
         barrier()
         if i > 0:
-            mbarrier.arrive(empty.index((i - 1) % STATE_STAGES), count=1)
-        state = warpgroup_mma(v_tiles.index(2 * slot + OWN).reshape((STATE_ROWS, WIDE)).permute((1, 0)),
-                              k_tiles.index(2 * slot + OWN).reshape((STATE_ROWS, WIDE)), state, is_async=True)
+            mbarrier.arrive(empty.index((i - 1) % SUM_STAGES), count=1)
+        state = warpgroup_mma(v_tiles.index(2 * slot + OWN).reshape((SUM_ROWS, WIDE)).permute((1, 0)),
+                              k_tiles.index(2 * slot + OWN).reshape((SUM_ROWS, WIDE)), state, is_async=True)
     state = warpgroup_mma_wait(0, deps=[state])
     d, e = gl.arange(0, WIDE, gl.SliceLayout(1, layout)), gl.arange(0, WIDE, gl.SliceLayout(0, layout))
     vk += ((batch * heads + head) * splits + split).to(gl.int64) * (D * D)
@@ -136,14 +135,14 @@ def attention_sums_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, t
     """
     row, split, splits = gl.program_id(0), gl.program_id(1), gl.num_programs(1)
     batch, head = row // (heads // 2), row % (heads // 2) * 2
-    first = split * tiles * STATE_ROWS
-    count = gl.minimum(tiles, (tokens - first + STATE_ROWS - 1) // STATE_ROWS)
-    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * STATE_STAGES, 1, STATE_ROWS, WIDE], qkv.layout)
-    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * STATE_STAGES, 1, STATE_ROWS, WIDE], qkv.layout)
-    t_tiles = gl.allocate_shared_memory(gl.int32, [STATE_STAGES, STATE_ROWS, PAIRS], turns.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STATE_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STATE_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STATE_STAGES):
+    first = split * tiles * SUM_ROWS
+    count = gl.minimum(tiles, (tokens - first + SUM_ROWS - 1) // SUM_ROWS)
+    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * SUM_STAGES, 1, SUM_ROWS, WIDE], qkv.layout)
+    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * SUM_STAGES, 1, SUM_ROWS, WIDE], qkv.layout)
+    t_tiles = gl.allocate_shared_memory(gl.int32, [SUM_STAGES, SUM_ROWS, PAIRS], turns.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(SUM_STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
@@ -153,7 +152,7 @@ def attention_sums_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, t
         (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split,
                 splits, count, 1, D)),
         (_ask, (qkv, turns, k_tiles, v_tiles, t_tiles, ready, empty, batch, first, head, heads, count, D)),
-    ], [STATE_WARPS, 1], [STATE_REGISTERS, 40])
+    ], [SUM_WARPS, 1], [232, 40])  # registers of a thread
 
 
 @gluon.jit
@@ -171,16 +170,32 @@ def channel(m, FP8: gl.constexpr):
 def _ordered(result, FP8: gl.constexpr):
     """Columns of a result at their places; no value leaves its thread."""
     if FP8:
-        result = result.reshape((APPLY_ROWS, 2, 8, 4, 2)).permute(0, 1, 3, 2, 4)
+        result = result.reshape((OUT_ROWS, 2, 8, 4, 2)).permute(0, 1, 3, 2, 4)
     else:
-        result = result.reshape((APPLY_ROWS, 4, 4, 4, 2)).permute(0, 1, 3, 2, 4)
-    return result.reshape((APPLY_ROWS, WIDE))
+        result = result.reshape((OUT_ROWS, 4, 4, 4, 2)).permute(0, 1, 3, 2, 4)
+    return result.reshape((OUT_ROWS, WIDE))
 
 
 @gluon.jit
-def _ask_apply(qkv, turns, q_tiles, t_tiles, ready, tile, batch, first, column):
-    slot, n = tile % APPLY_STAGES, first + tile * APPLY_ROWS
-    mbarrier.expect(ready.index(slot), 2 * APPLY_ROWS * WIDE * 2)
+def _hold_state(vk, state_a, state_b, D: gl.constexpr, FP8: gl.constexpr):
+    """Put a head's state, over its largest value, where the product reads it: a row for each column of the result, by pairs of
+    the keys. Returns that value."""
+    flat: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [OUT_WARPS, 1], [1, 0])
+    d, e = channel(gl.arange(0, WIDE, gl.SliceLayout(1, flat)), FP8), gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
+    pair = gl.load(vk + d[:, None] * (D // 2) + e[None, :], mask=(d < D)[:, None] & (e < D // 2)[None, :], other=0)
+    even, odd = pair.to(gl.int32).to(gl.float32, bitcast=True), (pair >> 32).to(gl.int32).to(gl.float32, bitcast=True)
+    largest = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(even), gl.abs(odd)), 0), 0), 1e-30)
+    state_a.store((even / largest).to(gl.float16))
+    state_b.store((odd / largest).to(gl.float16))
+    fence_async_shared()
+    return largest
+
+
+@gluon.jit
+def _ask_queries(qkv, turns, q_tiles, t_tiles, ready, tile, batch, first, column):
+    """One tile into its place."""
+    slot, n = tile % OUT_STAGES, first + tile * OUT_ROWS
+    mbarrier.expect(ready.index(slot), 2 * OUT_ROWS * WIDE * 2)
     tma.async_copy_global_to_shared(qkv, [batch, n, column], ready.index(slot), q_tiles.index(slot))
     tma.async_copy_global_to_shared(turns, [n, 0], ready.index(slot), t_tiles.index(slot))
 
@@ -190,44 +205,37 @@ def attention_outputs_kernel(
     qkv, turns, weight, vk, ksum, given, out, tokens, heads, tiles, eps, D: gl.constexpr, FP8: gl.constexpr,
 ):
     """``(state q') / (ksum . q + eps)`` for ``tiles`` tiles of one head, see ``kernels_attention.py``. ``vk`` comes as int64."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[APPLY_WARPS, 1], instr_shape=[16, WIDE, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[OUT_WARPS, 1], instr_shape=[16, WIDE, 16])
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     row = gl.program_id(0)
     batch, head = row // heads, row % heads
-    first = gl.program_id(1) * tiles * APPLY_ROWS
-    count = gl.minimum(tiles, (tokens - first + APPLY_ROWS - 1) // APPLY_ROWS)
-    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [APPLY_STAGES, 1, APPLY_ROWS, WIDE], qkv.layout)
-    t_tiles = gl.allocate_shared_memory(gl.int32, [APPLY_STAGES, APPLY_ROWS, PAIRS], turns.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [APPLY_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(APPLY_STAGES):
+    first = gl.program_id(1) * tiles * OUT_ROWS
+    count = gl.minimum(tiles, (tokens - first + OUT_ROWS - 1) // OUT_ROWS)
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [OUT_STAGES, 1, OUT_ROWS, WIDE], qkv.layout)
+    t_tiles = gl.allocate_shared_memory(gl.int32, [OUT_STAGES, OUT_ROWS, PAIRS], turns.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [OUT_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(OUT_STAGES):
         mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
     barrier()
-    for stage in gl.static_range(APPLY_STAGES):
+    for stage in gl.static_range(OUT_STAGES):
         if stage < count:
-            _ask_apply(qkv, turns, q_tiles, t_tiles, ready, stage, batch, first, head * D)
+            _ask_queries(qkv, turns, q_tiles, t_tiles, ready, stage, batch, first, head * D)
     state_a = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
     state_b = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
     vk += row.to(gl.int64) * (D * D // 2)
     out += (batch * tokens).to(gl.int64) * (heads * D)
-    flat: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [APPLY_WARPS, 1], [1, 0])
-    d, e = channel(gl.arange(0, WIDE, gl.SliceLayout(1, flat)), FP8), gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
-    pair = gl.load(vk + d[:, None] * (D // 2) + e[None, :], mask=(d < D)[:, None] & (e < D // 2)[None, :], other=0)
-    even, odd = pair.to(gl.int32).to(gl.float32, bitcast=True), (pair >> 32).to(gl.int32).to(gl.float32, bitcast=True)
-    largest = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(even), gl.abs(odd)), 0), 0), 1e-30)
-    state_a.store((even / largest).to(gl.float16))
-    state_b.store((odd / largest).to(gl.float16))
-    fence_async_shared()
+    largest = _hold_state(vk, state_a, state_b, D, FP8)
     if FP8:
         largest /= gl.load(given)
     j = gl.arange(0, PAIRS, gl.SliceLayout(0, left))
     gain_a, gain_b = _both(weight + head * D, j, j < D // 2)
     total_a, total_b = _both(ksum + row * D, j, j < D // 2)
     for i in range(count):
-        slot = i % APPLY_STAGES
-        mbarrier.wait(ready.index(slot), i // APPLY_STAGES & 1)
-        a, b = _channels(_words(q_tiles.index(slot), APPLY_ROWS).load(left))
+        slot = i % OUT_STAGES
+        mbarrier.wait(ready.index(slot), i // OUT_STAGES & 1)
+        a, b = _channels(_words(q_tiles.index(slot), OUT_ROWS).load(left))
         a, b = gl.maximum(a * gain_a[None, :], 0.0), gl.maximum(b * gain_b[None, :], 0.0)
         times = 1.0 / gl.maximum(gl.max(gl.maximum(a, b), 1), 1e-30)
         below = (gl.sum(a * total_a[None, :] + b * total_b[None, :], 1) + eps) * times
@@ -235,13 +243,13 @@ def attention_outputs_kernel(
         c, s = c * times[:, None], s * times[:, None]
         turned_a, turned_b = (a * c - b * s).to(gl.float16), (a * s + b * c).to(gl.float16)
         barrier()
-        if i + APPLY_STAGES < count:
-            _ask_apply(qkv, turns, q_tiles, t_tiles, ready, i + APPLY_STAGES, batch, first, head * D)
-        above = gl.zeros((APPLY_ROWS, WIDE), gl.float32, layout)
+        if i + OUT_STAGES < count:
+            _ask_queries(qkv, turns, q_tiles, t_tiles, ready, i + OUT_STAGES, batch, first, head * D)
+        above = gl.zeros((OUT_ROWS, WIDE), gl.float32, layout)
         above = warpgroup_mma(turned_a, state_a.permute((1, 0)), above, use_acc=False, is_async=True)
         above = warpgroup_mma(turned_b, state_b.permute((1, 0)), above, is_async=True)
         above = warpgroup_mma_wait(0, deps=[above])
-        put(above * gl.convert_layout(largest / below, gl.SliceLayout(1, layout))[:, None], out, first + i * APPLY_ROWS, head,
+        put(above * gl.convert_layout(largest / below, gl.SliceLayout(1, layout))[:, None], out, first + i * OUT_ROWS, head,
             tokens, heads, D, FP8)
 
 
@@ -251,15 +259,15 @@ def put(result, out, first, head, tokens, heads, D: gl.constexpr, FP8: gl.conste
     if FP8:
         layout: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [0, 4], [0, 8], [0, 64], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-            [APPLY_ROWS, WIDE])
+            [OUT_ROWS, WIDE])
         kind: gl.constexpr = gl.float8e4nv
     else:
         layout: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-            [APPLY_ROWS, WIDE])
+            [OUT_ROWS, WIDE])
         kind: gl.constexpr = gl.bfloat16
     result = gl.convert_layout(_ordered(result.to(kind), FP8), layout)
-    n = first + gl.arange(0, APPLY_ROWS, gl.SliceLayout(1, layout))
+    n = first + gl.arange(0, OUT_ROWS, gl.SliceLayout(1, layout))
     d = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
     out += first.to(gl.int64) * (heads * D) + head * D
     at = (n - first)[:, None] * (heads * D) + d[None, :]

@@ -12,10 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from .kernels_linear import OUT_ROWS as ROWS
+from .kernels_linear import OUT_WARPS as WARPS
 from .kernels_linear import WIDE, channel, put
 from .kernels_onto import barrier
-
-ROWS, WARPS = gl.constexpr(64), gl.constexpr(4)  # queries of a tile, warps of each group
 
 
 @gluon.jit

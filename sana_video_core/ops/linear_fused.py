@@ -35,7 +35,7 @@ def linear_attention(
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim, kernels = width // heads, _kernels("kernels_linear")
-    rows, warps = kernels.STATE_ROWS.value, kernels.STATE_WARPS.value
+    rows, warps = kernels.SUM_ROWS.value, kernels.SUM_WARPS.value
     tiles, splits = _programs(tokens, rows)
     new = {"device": qkv.device, "dtype": torch.float32}
     factor = torch.empty(batch, tokens, **new)
@@ -49,7 +49,7 @@ def linear_attention(
             pieces(qkv, 1, rows, 128), pieces(turns, rows, 64), factor, k_weight, vk, ksum, tokens, heads, tiles, D=dim,
             num_warps=warps)
         own, total = _totals(vk, ksum, history)
-        rows, warps = kernels.APPLY_ROWS.value, kernels.APPLY_WARPS.value
+        rows, warps = kernels.OUT_ROWS.value, kernels.OUT_WARPS.value
         tiles, programs = _programs(tokens, rows)
         kernels.attention_outputs_kernel[(batch * heads, programs)](
             pieces(qkv, 1, rows, 128), pieces(turns, rows, 64), q_weight, total.vk.view(torch.int64), total.ksum,

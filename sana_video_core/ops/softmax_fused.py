@@ -51,8 +51,8 @@ def softmax_attention(
                 _kernels("kernels_text").query_factor_kernel[(tokens,)](
                     q[i], factor, tokens, eps, **_row(channels), TOKENS=1, num_warps=1)
             kernels.text_softmax_kernel[(heads, -(-tokens // (rows * tiles)))](
-                pieces(q[i], rows, 128), factor, weight, k[i], v[i], given if fp8 else factor, out[i], tokens, heads, words, tiles,
-                k.stride(1), v.stride(1), scale, HAS_NORM=norm is not None, D=dim, FP8=fp8, **_form(words),
+                pieces(q[i], rows, 128), factor, weight, k[i], v[i], given if fp8 else factor, out[i], tokens, heads, words,
+                tiles, k.stride(1), v.stride(1), scale, HAS_NORM=norm is not None, D=dim, FP8=fp8, **_form(words),
                 num_warps=kernels.WARPS.value)
     return Rows(out, given) if fp8 else out
 
