@@ -209,18 +209,24 @@ def _totals(vk: Tensor, ksum: Tensor, history: Contribution | None) -> tuple[Con
     return own, total
 
 
+def text_operands(q: Tensor, k: Tensor, v: Tensor, norm: tuple[Tensor, float] | None, given: Tensor | None) -> tuple:
+    """(q, k and v as kernels of the text attention read them, room for its result and for a factor of each token, weight and eps
+    of the norm). Without a norm neither these nor the factor are touched."""
+    q = q if q.stride()[1:] == (q.shape[2], 1) else q.contiguous()  # one row may stand for all
+    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype if given is None else torch.float8_e4m3fn)
+    factor = torch.empty(q.shape[1], device=q.device, dtype=torch.float32)
+    return q, k, v, out, factor, (q, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
+
+
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, lengths: tuple[int, ...] | None = None,
     norm: tuple[Tensor, float] | None = None, *, given: Tensor | None = None,
 ) -> Tensor | Rows:
     """See ``reference.softmax_attention``, for rows of several ``lengths``: every row by itself, into one result."""
-    q = q if q.stride()[1:] == (q.shape[2], 1) else q.contiguous()  # one row may stand for all
-    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
-    batch, tokens, channels = q.shape
+    q, k, v, out, factor, (weight, eps) = text_operands(q, k, v, norm, given)
+    _, tokens, channels = q.shape
     dim, kernels, fp8 = channels // heads, _kernels("kernels_text"), given is not None
-    out = torch.empty(q.shape, device=q.device, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
-    weight, eps = (q, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
-    factor = torch.empty(tokens, device=q.device, dtype=torch.float32)  # neither is touched without a norm
     rows, tiles, warps, stages = _setting("text", q)
     with torch.cuda.device_of(q):
         for i, count in enumerate(lengths):

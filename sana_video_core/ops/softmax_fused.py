@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .descriptors import misplaced, pieces
-from .fused import _kernels, _row
+from .fused import _kernels, _row, text_operands
 from .fused_torch import one_dtype
 from .reference import Rows
 from .registry import Constraint, fault_of
@@ -36,13 +36,9 @@ def softmax_attention(
 ) -> Tensor | Rows:
     """See ``reference.softmax_attention``, with ``lengths``; rounded as in ``fused.softmax_attention``. A row of the batch at a
     time."""
-    q = q if q.stride()[1:] == (q.shape[2], 1) else q.contiguous()  # one row may stand for all
-    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
-    batch, tokens, channels = q.shape
+    q, k, v, out, factor, (weight, eps) = text_operands(q, k, v, norm, given)
+    _, tokens, channels = q.shape
     dim, kernels, fp8 = channels // heads, _kernels("kernels_softmax"), given is not None
-    out = torch.empty(q.shape, device=q.device, dtype=torch.float8_e4m3fn if fp8 else q.dtype)
-    weight, eps = (q, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
-    factor = torch.empty(tokens, device=q.device, dtype=torch.float32)  # neither is touched without a norm
     rows, scale = kernels.ROWS.value, dim**-0.5 * 1.4426950408889634  # scores count in powers of two
     tiles = -(-tokens // (PROGRAMS * rows))
     with torch.cuda.device_of(q):
