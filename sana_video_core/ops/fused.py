@@ -47,6 +47,12 @@ def _kernels(name: str = "kernels"):
     return import_module(f".{name}", __package__)
 
 
+def programs_of(tokens: int, rows: int) -> tuple[int, int]:
+    """(tiles of ``rows`` tokens that a program of a head takes, programs)."""
+    tiles = -(-tokens // (PROGRAMS * rows))
+    return tiles, -(-tokens // (tiles * rows))
+
+
 def self_test(device: torch.device) -> None:
     """Build and run the smallest kernel; raises when that fails or gives a wrong value."""
     x, out = torch.full((1, 16), 2.0, device=device), torch.zeros(1, 16, device=device)
@@ -188,8 +194,8 @@ def linear_attention(
             num_warps=warps, num_stages=stages)
         own, total = _totals(vk, ksum, history)
         rows, warps, stages = _setting("apply", qkv)
-        tiles = -(-tokens // (PROGRAMS * rows))
-        kernels.attention_apply_kernel[(batch * heads, -(-tokens // (rows * tiles)))](
+        tiles, programs = programs_of(tokens, rows)
+        kernels.attention_apply_kernel[(batch * heads, programs)](
             qkv, words, q_weight, cos, sin, turns, total.vk.view(torch.int64), total.ksum, cos if given is None else given, out,
             tokens, heads, tiles, eps, OPERAND=operand(torch.float16), WORDS=half, FP8=given is not None, NATIVE=native, D=dim,
             BLOCK_D=block, ROWS=rows, num_warps=warps, num_stages=stages)

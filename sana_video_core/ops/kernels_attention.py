@@ -120,7 +120,7 @@ def attention_keys_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def key_factor_kernel(
     qkv, cos, sin, turns, factor, tokens, eps, C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, NATIVE: tl.constexpr,
 ):
     """``1 / sqrt(mean(k^2) + eps)`` of a token, float32; and its line of the rotary table, cosine and sine in one word."""
     n, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -136,7 +136,7 @@ def key_factor_kernel(
     if batch == 0:
         j = tl.arange(0, HALF_BLOCK)
         c, s = tl.load(cos + n * HALF + j, mask=j < HALF, other=0.0), tl.load(sin + n * HALF + j, mask=j < HALF, other=0.0)
-        tl.store(turns + n * HALF + j, word(c, s, tl.float16, True), mask=j < HALF)
+        tl.store(turns + n * HALF + j, word(c, s, tl.float16, NATIVE), mask=j < HALF)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads", "steps"])

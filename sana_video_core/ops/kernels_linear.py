@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .kernels_onto import barrier
+from .kernels_onto import barrier, barriers
 
 WIDE, PAIRS = gl.constexpr(128), gl.constexpr(64)
 # Tokens of a tile, tiles that shared memory holds, warps (of a head).
@@ -140,11 +140,7 @@ def attention_sums_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, t
     k_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * SUM_STAGES, 1, SUM_ROWS, WIDE], qkv.layout)
     v_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * SUM_STAGES, 1, SUM_ROWS, WIDE], qkv.layout)
     t_tiles = gl.allocate_shared_memory(gl.int32, [SUM_STAGES, SUM_ROWS, PAIRS], turns.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SUM_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(SUM_STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    ready, empty = barriers(SUM_STAGES, 2)
     fence_async_shared()
     gl.warp_specialize([
         (_sum, (k_tiles, v_tiles, t_tiles, ready, empty, factor, weight, vk, ksum, tokens, batch, first, head, heads, split,

@@ -1,9 +1,9 @@
 """A product of E4M3 matrices that ends by adding itself to the tokens, in Gluon: Triton's language for one kind of card, Hopper.
 
 Import only where Triton has Gluon; called by ``onto_fused.py``. Triton's own products lost about what the passes over memory cost
-(CHANGELOG). Here one warp does nothing but ask for what comes next, tiles ahead, and
-eight multiply and add; what a tile is added to waits in shared memory, and what was added leaves from there while the next one
-is multiplied. Sums are float32, in an order that depends on shapes alone.
+(CHANGELOG). Here one warp does nothing but ask for what comes next, tiles ahead, and eight multiply and add; what a tile is added
+to waits in shared memory, and what was added leaves from there while the next one is multiplied. Sums are float32, in an order
+that depends on shapes alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,17 @@ WIDTH = gl.constexpr(64)  # columns of a part
 WARPS = gl.constexpr(8)  # that multiply
 # The piece with which the tile before has left shared memory, and the one after which what a tile is added to is asked for.
 LEFT, WANTED = gl.constexpr(3), gl.constexpr(6)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, EMPTIED: gl.constexpr):
+    """Barriers of COUNT places: (that one is ready, that EMPTIED have done with it)."""
+    ready = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=EMPTIED)
+    return ready, empty
 
 
 @gluon.jit
@@ -87,10 +98,10 @@ def _ask(a, b, x, a_parts, b_parts, x_parts, ready, empty, x_ready, x_empty, ext
                 tma.async_copy_global_to_shared(b, [n * COLUMNS, tap * K + k * DEPTH], ready.index(slot), b_parts.index(slot))
                 place += 1
                 if tap * STEPS + k == min(WANTED, LAST):
-                    mbarrier.wait(x_empty, (turn & 1) ^ 1)
-                    mbarrier.expect(x_ready, ROWS * COLUMNS * 2)
+                    mbarrier.wait(x_empty.index(0), (turn & 1) ^ 1)
+                    mbarrier.expect(x_ready.index(0), ROWS * COLUMNS * 2)
                     for j in gl.static_range(PARTS):
-                        tma.async_copy_global_to_shared(x, [m // per, m % per * ROWS, n * COLUMNS + j * WIDTH], x_ready,
+                        tma.async_copy_global_to_shared(x, [m // per, m % per * ROWS, n * COLUMNS + j * WIDTH], x_ready.index(0),
                                                         x_parts.index(j))
                     turn += 1
                 if HAS_EXTRA and tap * STEPS + k < ROWS // 8:
@@ -118,12 +129,12 @@ def _multiply(a_parts, b_parts, x_parts, o_parts, ready, empty, x_ready, x_empty
             if k == min(LEFT, TOTAL - 1) and turn > 0:
                 tma.store_wait(0)
                 barrier()
-                mbarrier.arrive(x_empty, count=1)
+                mbarrier.arrive(x_empty.index(0), count=1)
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index((place - 1) % STAGES), count=1)
-        mbarrier.wait(x_ready, turn & 1)
+        mbarrier.wait(x_ready.index(0), turn & 1)
         add(sums, m, n, x_parts, o_parts, x, out, extra, gate, bias, scale, factor, given, per, rows, whole, size, C, HAS_EXTRA,
-             HAS_GATE, HAS_BIAS, BY_ROW, FP8, 1)
+            HAS_GATE, HAS_BIAS, BY_ROW, FP8, 1)
         turn += 1
     tma.store_wait(0)
 
@@ -201,15 +212,8 @@ def add_product_kernel(
     o_parts = x_parts
     if FP8:
         o_parts = gl.allocate_shared_memory(out.dtype, [2, 1, ROWS, WIDTH], out.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(ready.index(s), count=1)
-        mbarrier.init(empty.index(s), count=1)
-    mbarrier.init(x_ready, count=1)
-    mbarrier.init(x_empty, count=1)
+    ready, empty = barriers(STAGES, 1)
+    x_ready, x_empty = barriers(1, 1)
     fence_async_shared()
     TOTAL: gl.constexpr = TAPS * ((K + DEPTH - 1) // DEPTH)
     gl.warp_specialize([

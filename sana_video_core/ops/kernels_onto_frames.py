@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .kernels_onto import COLUMNS, DEPTH, LEFT, PARTS, ROWS, WANTED, WARPS, WIDTH, add, barrier, corner, fetch, place_of
+from .kernels_onto import COLUMNS, DEPTH, LEFT, PARTS, ROWS, WANTED, WARPS, WIDTH, add, barrier, barriers, corner, fetch, place_of
 
 TOGETHER, PLACES = gl.constexpr(4), gl.constexpr(32)  # frames of a tile, tokens of each
 A_STAGES, B_STAGES = gl.constexpr(2), gl.constexpr(3)  # pieces of six frames and of one tap's weight that shared memory holds
@@ -41,10 +41,11 @@ def _ask(a, b, x, a_parts, b_parts, x_parts, a_ready, a_empty, b_ready, b_empty,
                 tma.async_copy_global_to_shared(b, [n * COLUMNS, tap * K + k * DEPTH], b_ready.index(into), b_parts.index(into))
                 b_place += 1
             if k == min(WANTED // 3, STEPS - 1):
-                mbarrier.wait(x_empty, (turn & 1) ^ 1)
-                mbarrier.expect(x_ready, ROWS * COLUMNS * 2)
+                mbarrier.wait(x_empty.index(0), (turn & 1) ^ 1)
+                mbarrier.expect(x_ready.index(0), ROWS * COLUMNS * 2)
                 for j in gl.static_range(PARTS):
-                    tma.async_copy_global_to_shared(x, [outer, inner, n * COLUMNS + j * WIDTH], x_ready, x_parts.index(j))
+                    tma.async_copy_global_to_shared(x, [outer, inner, n * COLUMNS + j * WIDTH], x_ready.index(0),
+                                                    x_parts.index(j))
                 turn += 1
             if HAS_EXTRA and k < ROWS // 8:
                 fetch(extra, m, n, k, per, rows, whole, size, C, TOGETHER)
@@ -79,11 +80,11 @@ def _multiply(a_parts, b_parts, x_parts, o_parts, a_ready, a_empty, b_ready, b_e
             if k == min(LEFT // 3, STEPS - 1) and turn > 0:
                 tma.store_wait(0)
                 barrier()
-                mbarrier.arrive(x_empty, count=1)
+                mbarrier.arrive(x_empty.index(0), count=1)
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(b_empty.index((b_place - 1) % B_STAGES), count=1)
         mbarrier.arrive(a_empty.index((a_place - 1) % A_STAGES), count=1)
-        mbarrier.wait(x_ready, turn & 1)
+        mbarrier.wait(x_ready.index(0), turn & 1)
         add(sums, m, n, x_parts, o_parts, x, out, extra, gate, bias, scale, factor, given, per, rows, whole, size, C, HAS_EXTRA,
              HAS_GATE, HAS_BIAS, False, FP8, TOGETHER)
         turn += 1
@@ -105,20 +106,9 @@ def add_frames_kernel(
     o_parts = x_parts
     if FP8:
         o_parts = gl.allocate_shared_memory(out.dtype, [2, TOGETHER, PLACES, WIDTH], out.layout)
-    a_ready = gl.allocate_shared_memory(gl.int64, [A_STAGES, 1], mbarrier.MBarrierLayout())
-    a_empty = gl.allocate_shared_memory(gl.int64, [A_STAGES, 1], mbarrier.MBarrierLayout())
-    b_ready = gl.allocate_shared_memory(gl.int64, [B_STAGES, 1], mbarrier.MBarrierLayout())
-    b_empty = gl.allocate_shared_memory(gl.int64, [B_STAGES, 1], mbarrier.MBarrierLayout())
-    x_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(A_STAGES):
-        mbarrier.init(a_ready.index(s), count=1)
-        mbarrier.init(a_empty.index(s), count=1)
-    for s in gl.static_range(B_STAGES):
-        mbarrier.init(b_ready.index(s), count=1)
-        mbarrier.init(b_empty.index(s), count=1)
-    mbarrier.init(x_ready, count=1)
-    mbarrier.init(x_empty, count=1)
+    a_ready, a_empty = barriers(A_STAGES, 1)
+    b_ready, b_empty = barriers(B_STAGES, 1)
+    x_ready, x_empty = barriers(1, 1)
     fence_async_shared()
     STEPS: gl.constexpr = (K + DEPTH - 1) // DEPTH
     gl.warp_specialize([

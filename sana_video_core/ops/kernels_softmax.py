@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .kernels_linear import OUT_ROWS as ROWS
 from .kernels_linear import OUT_WARPS as WARPS
 from .kernels_linear import WIDE, channel, put
-from .kernels_onto import barrier
+from .kernels_onto import barrier, barriers
 
 
 @gluon.jit
@@ -113,11 +113,7 @@ def text_softmax_kernel(
     queries = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, WIDE], q.layout)
     keys = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, CHUNK, WIDE], shared)
     values = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, CHUNK, WIDE], shared)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+    ready, empty = barriers(STAGES, 1)
     d = gl.arange(0, WIDE, gl.SliceLayout(0, flat))
     place = channel(d, FP8)  # where a column of the values belongs, see there
     for c in gl.static_range(CHUNKS):

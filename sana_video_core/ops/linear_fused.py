@@ -10,20 +10,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import fused, reference
+from . import reference
 from .descriptors import misplaced, pieces
-from .fused import _kernels, _row, _totals
+from .fused import _kernels, _row, _totals, not_parity, programs_of
 from .reference import ATTENTION_EPS, Contribution, Rows
 from .registry import Constraint, fault_of
-
-# Programs a head, as in fused.py: with 20 heads, which are summed in pairs, one and two for each of an H200's 132 processors.
-PROGRAMS = 13
-
-
-def _programs(tokens: int, rows: int) -> tuple[int, int]:
-    """(tiles of ``rows`` tokens that a program takes, programs)."""
-    tiles = -(-tokens // (PROGRAMS * rows))
-    return tiles, -(-tokens // (tiles * rows))
 
 
 def linear_attention(
@@ -31,12 +22,13 @@ def linear_attention(
     history: Contribution | None = None, *, parity: bool = False, norm_eps: float = 1e-5, eps: float = ATTENTION_EPS,
     given: Tensor | None = None,
 ) -> tuple[Tensor | Rows, Contribution]:
-    """See ``reference.linear_attention`` (``quality``); rounded as in ``fused.linear_attention``."""
+    """See ``reference.linear_attention`` (``quality``); rounded as in ``fused.linear_attention``. With the 2B network's 20
+    heads, which are summed in pairs, one and two programs for each of an H200's 132 processors."""
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim, kernels = width // heads, _kernels("kernels_linear")
     rows, warps = kernels.SUM_ROWS.value, kernels.SUM_WARPS.value
-    tiles, splits = _programs(tokens, rows)
+    tiles, splits = programs_of(tokens, rows)
     new = {"device": qkv.device, "dtype": torch.float32}
     factor = torch.empty(batch, tokens, **new)
     vk, ksum = torch.empty(batch, heads, splits, dim, dim, **new), torch.empty(batch, splits, heads, dim, **new)
@@ -44,13 +36,14 @@ def linear_attention(
     out = torch.empty(batch, tokens, width, device=qkv.device, dtype=qkv.dtype if given is None else torch.float8_e4m3fn)
     with torch.cuda.device_of(qkv):
         _kernels("kernels_attention").key_factor_kernel[(tokens, batch)](
-            qkv, cos, sin, turns, factor, tokens, norm_eps, **_row(width), HALF=dim // 2, HALF_BLOCK=64, num_warps=1)
+            qkv, cos, sin, turns, factor, tokens, norm_eps, **_row(width), HALF=dim // 2, HALF_BLOCK=64,
+            NATIVE=_kernels().native(), num_warps=1)
         kernels.attention_sums_kernel[(batch * heads // 2, splits)](
             pieces(qkv, 1, rows, 128), pieces(turns, rows, 64), factor, k_weight, vk, ksum, tokens, heads, tiles, D=dim,
             num_warps=warps)
         own, total = _totals(vk, ksum, history)
         rows, warps = kernels.OUT_ROWS.value, kernels.OUT_WARPS.value
-        tiles, programs = _programs(tokens, rows)
+        tiles, programs = programs_of(tokens, rows)
         kernels.attention_outputs_kernel[(batch * heads, programs)](
             pieces(qkv, 1, rows, 128), pieces(turns, rows, 64), q_weight, total.vk.view(torch.int64), total.ksum,
             cos if given is None else given, out, tokens, heads, tiles, eps, D=dim, FP8=given is not None, num_warps=warps)
@@ -77,7 +70,7 @@ def refuses(qkv, q_weight, k_weight, cos, sin, heads, *rest, **options) -> str |
     """Reason to refuse a call, or None."""
     if torch.compiler.is_compiling():
         return "is not for compiled graphs"
-    if reason := fused.not_parity(qkv, q_weight, k_weight, cos, sin, heads, *rest, **options):
+    if reason := not_parity(qkv, q_weight, k_weight, cos, sin, heads, *rest, **options):
         return reason
     dim = qkv.shape[-1] // 3 // heads
     if dim <= 64 or dim % 16:

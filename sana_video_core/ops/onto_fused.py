@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -60,18 +59,26 @@ def _added(x, y, weight, bias, gate, extra, frames: int, together: int, given: T
     """The first ``together`` of the frames four at a time, all else row by row."""
     batch, tokens, channels = x.shape
     size = tokens // frames if frames else 0
-    rest = {"bias": None if bias is None else bias.contiguous(), "given": given,
-            "gate": None if gate is None else gate.expand(batch, -1, -1).contiguous()}
     out = x if given is None else torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    extra = None if extra is None else extra.contiguous()
+    extra, bias = (None if t is None else t.contiguous() for t in (extra, bias))
+    y = Rows(y.values.reshape(-1, y.values.shape[-1]).contiguous(), y.scale)
+    rest = {"bias": bias, "gate": None if gate is None else gate.expand(batch, -1, -1).contiguous(), "given": given}
+
+    def rows(start: int, end: int) -> None:
+        part = slice(start, end)
+        _add_rows(x[:, part], Rows(y.values[start:], y.scale), weight, None if extra is None else extra[:, part], out[:, part],
+                  tokens, size, **rest)
+
     with torch.cuda.device_of(x):
-        if together:
-            _add_frames(x, y, weight, extra, out, frames, together, **rest)
         if together < max(frames, 1):
-            first = together * size
-            values = y.values.reshape(-1, y.values.shape[-1]).contiguous()[first:]
-            _add_rows(x[:, first:], Rows(values, y.scale), weight, None if extra is None else extra[:, first:], out[:, first:],
-                      tokens, size, **rest)
+            rows(together * size, tokens)
+        if together:
+            try:
+                _add_frames(x, y, weight, extra, out, frames, together, **rest)
+            except Exception as error:  # not built, so not run; the tokens after these have their product already
+                if not type(error).__module__.startswith("triton"):
+                    raise
+                rows(0, together * size)
     return x if given is None else Rows(out, given)
 
 
@@ -85,21 +92,21 @@ def _operands(x: Tensor, extra, gate, bias, y: Rows, weight: Rows, given) -> tup
 
 def _add_rows(x: Tensor, y: Rows, weight: Rows, extra: Tensor | None, out: Tensor, whole: int, size: int, *, gate, bias, given):
     """Any rows of each batch row; with ``size``, of a frame, those of its neighbours in time with them."""
-    kernels, (batch, rows, channels) = import_module(".kernels_onto", __package__), x.shape
+    kernels, (batch, rows, channels) = _kernels("kernels_onto"), x.shape
     tile, columns, depth, width = (n.value for n in (kernels.ROWS, kernels.COLUMNS, kernels.DEPTH, kernels.WIDTH))
     per, down, across = _tiles(batch, rows, channels)
     pointers, there = _operands(x, extra, gate, bias, y, weight, given)
-    a = y.values.reshape(-1, y.values.shape[-1]).contiguous()
     kernels.add_product_kernel[(min(_processors(x.device), down * across),)](
-        pieces(a, tile, depth), pieces(weight.values.contiguous(), columns, depth), pieces(x, 1, tile, width),
+        pieces(y.values, tile, depth), pieces(weight.values.contiguous(), columns, depth), pieces(x, 1, tile, width),
         pieces(out, 1, tile, width), *pointers, down * across, down, across, per, rows, whole, size, whole + 2 * size,
-        C=channels, K=a.shape[1], TAPS=3 if size else 1, BY_ROW=y.scale.numel() > 1, **there, num_warps=kernels.WARPS.value)
+        C=channels, K=y.values.shape[1], TAPS=3 if size else 1, BY_ROW=y.scale.numel() > 1, **there,
+        num_warps=kernels.WARPS.value)
 
 
 def _add_frames(x: Tensor, y: Rows, weight: Rows, extra: Tensor | None, out: Tensor, frames: int, together: int, *, gate, bias,
                 given):
     """The first ``together`` frames of each batch row, a multiple of TOGETHER."""
-    kernels, (batch, whole, channels) = import_module(".kernels_onto_frames", __package__), x.shape
+    kernels, (batch, whole, channels) = _kernels("kernels_onto_frames"), x.shape
     columns, depth, width = (n.value for n in (kernels.COLUMNS, kernels.DEPTH, kernels.WIDTH))
     size = whole // frames
     per, across = together // TOGETHER * -(-size // PLACES), -(-channels // columns)

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from . import reference
 from .descriptors import misplaced, pieces
-from .fused import _kernels, _row, text_operands
+from .fused import _kernels, _row, programs_of, text_operands
 from .fused_torch import one_dtype
 from .reference import Rows
 from .registry import Constraint, fault_of
 
-PROGRAMS = 13  # a head
 WORDS_HELD = 320  # text tokens for which a program has room
 
 
@@ -40,13 +39,13 @@ def softmax_attention(
     _, tokens, channels = q.shape
     dim, kernels, fp8 = channels // heads, _kernels("kernels_softmax"), given is not None
     rows, scale = kernels.ROWS.value, dim**-0.5 * 1.4426950408889634  # scores count in powers of two
-    tiles = -(-tokens // (PROGRAMS * rows))
+    tiles, programs = programs_of(tokens, rows)
     with torch.cuda.device_of(q):
         for i, words in enumerate(lengths):
             if norm is not None:
                 _kernels("kernels_text").query_factor_kernel[(tokens,)](
                     q[i], factor, tokens, eps, **_row(channels), TOKENS=1, num_warps=1)
-            kernels.text_softmax_kernel[(heads, -(-tokens // (rows * tiles)))](
+            kernels.text_softmax_kernel[(heads, programs)](
                 pieces(q[i], rows, 128), factor, weight, k[i], v[i], given if fp8 else factor, out[i], tokens, heads, words,
                 tiles, k.stride(1), v.stride(1), scale, HAS_NORM=norm is not None, D=dim, FP8=fp8, **_form(words),
                 num_warps=kernels.WARPS.value)

@@ -229,3 +229,19 @@ def test_linear_attention(seed, monkeypatch):
     close(out, expected)
     close(own.vk, truth.vk, qkv.dtype)  # of rounded keys
     close(own.ksum, truth.ksum)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_factors_of_keys_and_turns(seed):
+    """What Hopper's own kernels of the linear attention begin with; those cannot run in the interpreter."""
+    noise, batch, frames, height, width, heads, dim = draw(seed)
+    tokens, channels = frames * height * width, heads * dim
+    qkv, (cos, sin) = noise(batch, tokens, 3 * channels), rope_table(frames, height, width, dim, start=seed)
+    factor, turns = torch.empty(batch, tokens), torch.full((tokens, dim // 2), -1, dtype=torch.int32)
+    fused._kernels("kernels_attention").key_factor_kernel[(tokens, batch)](
+        qkv, cos, sin, turns, factor, tokens, 1e-5, **fused._row(channels), HALF=dim // 2, HALF_BLOCK=fused._block(dim // 2),
+        NATIVE=False, num_warps=1)
+    keys = qkv[..., channels:2 * channels].float()
+    close(factor, (keys.square().mean(-1) + 1e-5).rsqrt())
+    halves = turns.view(torch.float16).view(tokens, dim // 2, 2)
+    assert torch.equal(halves[..., 0], cos.half()) and torch.equal(halves[..., 1], sin.half())
