@@ -1,6 +1,7 @@
 """The three public layouts bit for bit through both loaders, then the step in ComfyUI's layers beside core and diffusers.
 
-In bf16 (``comfy_overhead``: against the bare core) and in the loader's precision fp8, whose error may be ten times diffusers'.
+In bf16 (``comfy_overhead``: against the bare core) and in the loader's precision fp8, whose error may be ten times diffusers':
+as the node loads it, with input scales where the card multiplies in fp8, and without them.
 ``run.py bench comfy_step BASE [--tiny]`` after ``prepare BASE``; needs COMFYUI_PATH. One process holds everything: the core,
 the pack as ComfyUI loads it (its nodes' loader, ComfyUI's layer classes and patcher) and diffusers.
 """
@@ -39,6 +40,11 @@ def load_pack():
     return sys.modules[f"{name}.loading"]
 
 
+def as_the_node_loads(loading, path: Path, precision: str):
+    """What 'Load SANA-Video' gives in mode 'auto': the fp8 model with input scales, where the device multiplies in fp8."""
+    return sys.modules[loading.__name__.removesuffix("loading") + "calibrate"].load_scaled(str(path), precision, "auto")
+
+
 def same(state: dict, expected: dict) -> tuple[int, str]:
     """(how many tensors differ in bf16, the first of them)."""
     wrong = [name for name in expected if name not in state or not torch.equal(
@@ -70,11 +76,10 @@ def check_layouts(report: Report, base: Path, loading, tiny: bool) -> None:
         report.add(name.replace(" ", "_"), value, "s, file in the page cache")
 
 
-def comfy_network(loading, path: Path, precision: str) -> Callable:
-    """The network as the server builds and loads it, behind the core's call."""
+def comfy_network(patcher) -> Callable:
+    """The network of a MODEL as the server loads it, behind the core's call."""
     import comfy.model_management
 
-    patcher = loading.load_diffusion(str(path), precision, "auto")
     comfy.model_management.load_models_gpu([patcher], memory_required=8 << 30)
     network = patcher.model.diffusion_model
     network.compute_dtype = torch.bfloat16
@@ -89,18 +94,10 @@ def comfy_network(loading, path: Path, precision: str) -> Callable:
     return call
 
 
-def calibrated_network(loading, path: Path, tiny: bool) -> Callable:
-    """The fp8 network with input scales, found on another input than those timed."""
-    call, work = comfy_network(loading, path, "fp8"), dit.workload(tiny)
-    fp8_layers = sys.modules[loading.__name__.removesuffix("loading") + "fp8_layers"]
-    device = str(call.patcher.load_device)
-    args = dit.inputs(work.spec, work.check_grid, 2, device, torch.bfloat16, seed=5)
-    scales, seen = fp8_layers.calibrate(call.patcher.model.diffusion_model, lambda: call(**args))
-    spreads = sorted((inputs.spread(), name) for name, inputs in seen.items())
-    (least, _), (most, where) = spreads[0], spreads[-1]
-    print(f"input scales of {len(scales)} of {len(seen)} layers; largest value over that of a typical channel: {least:.0f} to "
-          f"{most:.0f} ({where})")
-    return call
+def layers_with_scales(patcher) -> str:
+    """'70 of 70 layers': how many of the quantised ones have an input scale."""
+    layers = [m for m in patcher.model.diffusion_model.modules() if getattr(m, "quant_format", None) is not None]
+    return f"{sum(getattr(m, 'input_scale', None) is not None for m in layers)} of {len(layers)} layers"
 
 
 @torch.inference_mode()
@@ -111,10 +108,11 @@ def main(arguments: list[str]) -> int:
     try:
         check_layouts(report, base, loading, tiny)
         path, name = prepare.layouts(base)["safetensors bf16"], dit.workload(tiny).name
-        rows = {"bf16": dit.Other(comfy_network(loading, path, "bf16"), f"{name}_in_comfyui"),
-                "fp8": dit.Other(comfy_network(loading, path, "fp8"), name.replace("bf16", "fp8"), FP8_LIMIT),
-                "fp8, calibrated": dit.Other(calibrated_network(loading, path, tiny), name.replace("bf16", "fp8_calibrated"),
-                                             FP8_LIMIT)}
+        scaled, plain = as_the_node_loads(loading, path, "fp8"), loading.load_diffusion(str(path), "fp8", "auto")
+        print(f"input scales: {layers_with_scales(scaled)}, without: {layers_with_scales(plain)}")
+        rows = {"bf16": dit.Other(comfy_network(as_the_node_loads(loading, path, "bf16")), f"{name}_in_comfyui"),
+                "fp8": dit.Other(comfy_network(scaled), name.replace("bf16", "fp8"), FP8_LIMIT),
+                "plain": dit.Other(comfy_network(plain), name.replace("bf16", "fp8_without_scales"), FP8_LIMIT)}
         dit.run(tiny, report=report, seed=prepare.SEED, others=list(rows.values()))
         overhead = next(r["overhead_vs_core"] for r in report.rows if r["name"] == rows["bf16"].row)
         report.add("comfy_overhead", 100 * overhead, "% of the bare core's step")

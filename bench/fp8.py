@@ -1,8 +1,8 @@
 """What fp8 costs and gives: errors and prompts followed of the embedded model, and the pace of long video, against bf16.
 
 ``run.py bench fp8 BASE [--tiny] [--clips N]`` after ``prepare BASE``; needs COMFYUI_PATH. Both precisions run in ComfyUI's layers
-as the Loader makes them. Checked first: the error of whole passes of the embedded model against float32, and that of two blocks
-of long video against bf16.
+as the Loader makes them, fp8 with input scales where the device multiplies in it. Checked first: the error of whole passes of the
+embedded model against float32, and that of two blocks of long video against bf16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sana_video_core.mini.judge import adherence
 from sana_video_core.sampling.plan import pixel_frames
 
 from . import dit, prepare
-from .comfy_step import load_pack
+from .comfy_step import as_the_node_loads, load_pack
 from .harness import Report, relative_error
 from .long import FULL, TINY, Long, timed
 from .longsana import CHECK_FRAMES, outputs
@@ -39,7 +39,7 @@ class Loaded(nn.Module):
         import comfy.model_management
 
         super().__init__()
-        patcher = loading.load_diffusion(str(path), precision, "auto")
+        patcher = as_the_node_loads(loading, path, precision)
         comfy.model_management.load_models_gpu([patcher], memory_required=8 << 30)
         inner = patcher.model.diffusion_model
         inner.compute_dtype = patcher.model.get_dtype_inference()

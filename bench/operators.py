@@ -3,7 +3,7 @@
 ``run.py bench operators [--tiny]``; on an H200 about 60 s. Rows ``<size>_<operator>`` in microseconds, bf16, one row of a batch:
 ``floor_ratio`` against the table (an H200's, so only there), ``ratio_vs_plain`` against the reference in bf16 (for single
 products there is none: they are torch's own on both sides). ``every_operator`` names those beyond 1.25 of their row. Checked
-first, each: the error against float32, at most twice that of the reference in bf16.
+first, each: the error against float64, at most twice that of the reference in bf16.
 """
 
 from __future__ import annotations
@@ -131,10 +131,10 @@ def time_of(function: Callable[[], object], device: str, calls: int, repeats: in
 
 
 def check(report: Report, name: str, case: Case) -> None:
-    """The error of ours against the reference in float32; limit: twice that of the reference in bf16."""
-    truth = case.plain(*(t.float() for t in case.given))
+    """The error of ours against the reference in float64; limit: twice that of the reference in bf16."""
+    truth = case.plain(*(t.double() for t in case.given))
     allowed = relative_error(case.plain(*case.given), truth)
-    report.check(f"{name} against float32, limit: twice the reference's in bf16", relative_error(case.seen(case.ours()), truth),
+    report.check(f"{name} against float64, limit: twice the reference's in bf16", relative_error(case.seen(case.ours()), truth),
                  2 * max(allowed, 1e-3))
 
 

@@ -1,17 +1,25 @@
-"""Input scales for fp8: a short run shows how large the inputs of layers get, and what makes them can then write fp8 itself."""
+"""Input scales for fp8: a short run shows how large the inputs of layers get, and what makes them can then write fp8 itself.
+
+'Load SANA-Video' gives a model that it has quantised such scales by a run of the model alone (``load_scaled``). The node here
+does it with a prompt, a size and a length of the user's.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 from comfy_api.latest import io
 
 from ..sana_video_core.errors import SanaVideoError
 from .common import CATEGORY, spec_of, whole_number
+from .lowbit import multiplies_in
 
 log = logging.getLogger(__name__)
 
 MOST_STEPS = 50
+OWN_STEPS, OWN_FRAMES = 8, 17  # of the run at loading; fewer steps where the model was made for fewer
+OWN_TOKENS = 16  # few: attention averages the text, and averages of many random tokens are smaller than those of a real text
 SHOWN = 5  # layers that the report names
 
 
@@ -24,8 +32,10 @@ class SanaVideoCalibrate(io.ComfyNode):
             node_id="SanaVideoCalibrate",
             display_name="SANA-Video Calibrate FP8",
             category=CATEGORY,
-            description="Makes an fp8 model faster on cards that multiply in fp8: a short run shows how large the layers' inputs "
-                        "get. Save the result with 'ModelSave' and load that file with precision 'auto' from then on.",
+            description="'Load SANA-Video' finds the scales of an fp8 model's inputs itself, by a short run without a prompt. "
+                        "Use this node where you want them from a prompt and size of yours, or where the log says that the "
+                        "loader's run failed. Save the result with 'ModelSave' and load that file with precision 'auto' from "
+                        "then on.",
             search_aliases=["fp8", "quantize", "quantise", "input scale", "faster", "speed"],
             inputs=[
                 io.Model.Input("model", tooltip="Straight from 'Load SANA-Video' with precision fp8; LoRAs come after this "
@@ -73,11 +83,17 @@ def plain_fp8(model) -> tuple:
 
 def calibrated(arguments: tuple, run) -> tuple[object, str]:
     """(a fresh MODEL with the input scales that ``run(fresh)`` asks for, report). ``arguments``: those of ``load_diffusion``."""
-    from ..sana_video_core.quant.calibrate import SPREAD
-    from .fp8_layers import calibrate
     from .loading import load_diffusion
 
     patcher = load_diffusion(*arguments)
+    return patcher, give_scales(patcher, arguments, run)
+
+
+def give_scales(patcher, arguments: tuple, run) -> str:
+    """Give a MODEL, just loaded with ``arguments``, the input scales that ``run(patcher)`` asks for; which layers got one."""
+    from ..sana_video_core.quant.calibrate import SPREAD
+    from .fp8_layers import calibrate
+
     scales, seen = calibrate(patcher.model.diffusion_model, lambda: run(patcher))
     kept = {name: inputs.spread() for name, inputs in seen.items() if name not in scales}
     patcher.cached_patcher_init = (load_calibrated, (arguments, scales))
@@ -86,7 +102,45 @@ def calibrated(arguments: tuple, run) -> tuple[object, str]:
         names = ", ".join(f"{name} ({spread:.0f} times)" for name, spread in sorted(kept.items(), key=lambda k: -k[1])[:SHOWN])
         report += (f" The others stay as they were: their largest values are more than {SPREAD:.0f} times those of a typical "
                    f"channel ({names}{' ...' if len(kept) > SHOWN else ''}).")
-    return patcher, report
+    return report
+
+
+def load_scaled(path: str, precision: str = "auto", mode: str = "auto"):
+    """As ``load_diffusion``. What it quantises to fp8 gets input scales where the device multiplies in fp8."""
+    import comfy.model_management as management
+
+    from .fp8_layers import FORMAT
+    from .loading import load_diffusion
+
+    arguments = (path, precision, mode)
+    patcher = load_diffusion(*arguments)
+    if precision != "fp8" or not patcher.model.quantised_here or not multiplies_in(FORMAT, patcher.load_device):
+        return patcher
+    try:
+        log.info("A short run without a prompt: %s", give_scales(patcher, arguments, own_run))
+    except Exception as error:  # whatever it is: without scales the model is slower, but it is there. Cancel is no Exception
+        reason = "not enough memory" if management.is_oom(error) else f"{type(error).__name__}: {str(error)[:200]}"
+        log.warning("The fp8 model has no input scales and runs slower: the short run for them failed (%s). "
+                    "'SANA-Video Calibrate FP8' behind the loader makes such a run too, with a latent of your size", reason)
+    return patcher
+
+
+def own_run(patcher) -> None:
+    """A few Euler steps of a small clip from fixed noise and a made-up text: the weights decide how large inputs get."""
+    import torch
+
+    from .long import Network
+    from .sampler import FLOW_EULER, make_sigmas
+
+    spec, generator = patcher.model.spec, torch.Generator().manual_seed(0)
+    points = [max(1, size // 2 // step) * patch for size, step, patch in zip(spec.size, spec.pixel_step, spec.patch[:0:-1])]
+    shape = (1, spec.channels, spec.latent_frames(OWN_FRAMES), points[1], points[0])
+    latent = torch.randn(shape, generator=generator).to(patcher.load_device)
+    text = torch.randn(1, OWN_TOKENS, spec.caption_channels, generator=generator).to(patcher.load_device)
+    sigmas = make_sigmas(FLOW_EULER, min(OWN_STEPS, spec.steps), spec.flow_shift).tolist()
+    with Network(patcher, shape) as network, torch.inference_mode():  # the network looks for Cancel in every block
+        for sigma, after in itertools.pairwise(sigmas):
+            latent = latent + (after - sigma) * network(latent, latent.new_tensor([1000 * sigma]), text).float()
 
 
 def load_calibrated(arguments: tuple, scales: dict[str, float], disable_dynamic: bool = False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .calibrate import load_scaled
 from .common import (
     CATEGORY,
     EMBEDDED,
@@ -15,7 +16,7 @@ from .common import (
     embedded_models,
     file_stamp,
 )
-from .loading import MODES, PRECISIONS, load_diffusion, load_vae, refuse_fp16
+from .loading import MODES, PRECISIONS, load_vae, refuse_fp16
 
 
 def model_files() -> list[str]:
@@ -54,7 +55,8 @@ class SanaVideoLoader(io.ComfyNode):
                                tooltip="auto: what suits your card (bf16 on today's). bf16: half the memory of fp32, same "
                                        "pictures to the eye. fp32: for comparisons only, twice the memory. fp8, int8, mxfp8, "
                                        "nvfp4: made from the file while loading, about half the memory of bf16; the help page "
-                                       "says which card multiplies in them."),
+                                       "says which card multiplies in them. Where yours does, fp8 loads with a short run that "
+                                       "makes it faster."),
                 io.Combo.Input("mode", options=MODES, default="auto",
                                tooltip="The 480p clip model and LongSANA look the same from outside. auto: by the file's name "
                                        "and form, see the log. clip: 5-second clips. long: LongSANA, 4 steps at CFG 1."),
@@ -89,7 +91,7 @@ class SanaVideoLoader(io.ComfyNode):
         if model == EMBEDDED_LONG and mode == "auto":
             mode = "long"
         path = embedded.get("transformer") or folder_paths.get_full_path_or_raise("diffusion_models", model)
-        patcher = load_diffusion(path, precision, mode)
+        patcher = load_scaled(path, precision, mode)
         spec = patcher.model.spec
         return io.NodeOutput(patcher, _clip(text_encoder, embedded.get("text"), spec),
                              _vae(vae, embedded.get("vae"), spec))

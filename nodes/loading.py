@@ -31,9 +31,10 @@ def load_diffusion(path: str, precision: str = "auto", mode: str = "auto", disab
     spec = detect_spec(shapes, metadata=source.metadata, container=source.container, path=path,
                        hint=None if mode == "auto" else mode)
     native = convert(state, spec, to="native", quantised=marks, name=source.name)
-    marks = low_bit(native, state, marks, spec, precision, source.name)
+    given, marks = bool(marks), low_bit(native, state, marks, spec, precision, source.name)
     del state
     patcher = build_patcher(native, spec, precision, bool(marks), disable_dynamic)
+    patcher.model.quantised_here = bool(marks) and not given
     patcher.cached_patcher_init = (load_diffusion, (path, precision, mode))
     log.info("%s: %s, %s mode (%s), shift %g%s", Path(path).name, spec.name, "long" if spec.causal else "clip",
              "detected" if mode == "auto" else "chosen", spec.flow_shift,

@@ -93,12 +93,13 @@ def model_print(model) -> str:
 def stored_weights(model) -> list[tuple]:
     """(name, tensor) of all weights of a MODEL without its LoRAs; of a quantised weight the numbers and scales it consists of.
 
-    ComfyUI's own list of them (``get_key_patches``) stops at the scales, which are no attributes of a layer.
+    ComfyUI's own list of them (``get_key_patches``) stops at the scales, which are no attributes of a layer. Scales of inputs are
+    left out: a card gives the model those while it loads (``calibrate.py``), another one none, and both may go on with a film.
     """
     named = []
     with model.use_ejected():
         for key, weight in model.model.named_parameters():
-            if key.startswith("diffusion_model."):
+            if key.startswith("diffusion_model.") and not key.endswith(".input_scale"):
                 weight = model.backup[key].weight if key in model.backup else weight
                 weight = model.hook_backup[key][0] if key in model.hook_backup else weight
                 named += weight.state_dict(key).items() if hasattr(weight, "_qdata") else [(key, weight)]

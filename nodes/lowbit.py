@@ -107,16 +107,22 @@ def require_same(marks: Mapping[str, Mark], precision: str, name: str) -> None:
                              expected=f"an unquantised file for precision '{precision}'", action="Choose precision 'auto'")
 
 
-def describe(marks: Mapping[str, Mark], device) -> str:
-    """What will run how on ``device``: '70 layers in float8_e4m3fn (20 multiply in it, 50 in 16 bits)' and why not all."""
+def multiplies_in(name: str, device) -> bool:
+    """Whether ComfyUI multiplies in the format on ``device``; elsewhere it expands the weights."""
     import comfy.model_management as management
 
+    if name not in HARDWARE:
+        return True
+    return not management.is_device_cpu(device) and getattr(management, HARDWARE[name][0])(device)
+
+
+def describe(marks: Mapping[str, Mark], device) -> str:
+    """What will run how on ``device``: '70 layers in float8_e4m3fn (20 multiply in it, 50 in 16 bits)' and why not all."""
     parts = []
     for name, number in Counter(mark.format for mark in marks.values()).items():
-        test, needs = HARDWARE.get(name, (None, ""))
         wide = sum(1 for m in marks.values() if m.format == name and m.options.get("full_precision_matrix_mult"))
-        if test and (management.is_device_cpu(device) or not getattr(management, test)(device)):
-            parts.append(f"{number} layers in {name}: smaller, not faster; multiplying in it needs {needs}")
+        if not multiplies_in(name, device):
+            parts.append(f"{number} layers in {name}: smaller, not faster; multiplying in it needs {HARDWARE[name][1]}")
         elif wide:
             parts.append(f"{number} layers in {name}: {number - wide} multiply in it, {wide} only save memory")
         else:

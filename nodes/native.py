@@ -89,6 +89,7 @@ class SanaVideoModel(comfy.model_base.BaseModel):
     def __init__(self, config: SanaVideoConfig, device=None):
         super().__init__(config, comfy.model_base.ModelType.FLOW, device=device, unet_model=SanaVideoDiT)
         self.spec: ModelSpec = config.unet_config["spec"]
+        self.quantised_here = False  # by the loader, from a file that was not
 
     def _apply_model(self, *args, **kwargs):
         # ComfyUI casts weights on use, so the network cannot tell the dtype of the arithmetic from them. Set here and not

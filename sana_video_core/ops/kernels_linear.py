@@ -2,7 +2,8 @@
 
 Import only where Triton has Gluon; called by ``linear_fused.py``, after ``key_factor_kernel``. A key is read once more instead of
 being written and read: tiles of what comes next are copied into shared memory while one is multiplied, keys are normed and turned
-where they lie there, and what a thread has of a query or a result is what the product's instruction asks for or gives.
+where they lie there, and what a thread has of a query is what the product's instruction asks for. Results leave through shared
+memory while the next tile is made. Two heads, side by side, share what turns them.
 Words and pairs of channels as in ``kernels_attention.py``, precision too. Heads come first in the grid, so that what runs at one
 time reads whole tokens. A tile is WIDE channels wide, beyond a head's it has another's, which nothing is made of.
 """
@@ -152,77 +153,53 @@ def attention_sums_kernel(qkv, turns, factor, weight, vk, ksum, tokens, heads, t
 
 
 @gluon.jit
-def channel(m, FP8: gl.constexpr):
-    """Where column m of a product's result belongs, so that a thread's columns are 16 bytes in a row of the output.
-
-    The instruction gives a thread pairs of columns that lie 8 apart: their places are the bits above those of the thread.
-    """
-    if FP8:
-        return (m & 1) | (m >> 3 & 7) << 1 | (m >> 1 & 3) << 4 | (m & 64)
-    return (m & 1) | (m >> 3 & 3) << 1 | (m >> 1 & 3) << 3 | (m & 96)
-
-
-@gluon.jit
-def _ordered(result, FP8: gl.constexpr):
-    """Columns of a result at their places; no value leaves its thread."""
-    if FP8:
-        result = result.reshape((OUT_ROWS, 2, 8, 4, 2)).permute(0, 1, 3, 2, 4)
-    else:
-        result = result.reshape((OUT_ROWS, 4, 4, 4, 2)).permute(0, 1, 3, 2, 4)
-    return result.reshape((OUT_ROWS, WIDE))
-
-
-@gluon.jit
-def _hold_state(vk, state_a, state_b, D: gl.constexpr, FP8: gl.constexpr):
+def _hold_state(vk, state_a, state_b, D: gl.constexpr):
     """Put a head's state, over its largest value, where the product reads it: a row for each column of the result, by pairs of
     the keys. Returns that value."""
     flat: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [OUT_WARPS, 1], [1, 0])
-    d, e = channel(gl.arange(0, WIDE, gl.SliceLayout(1, flat)), FP8), gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
+    d, e = gl.arange(0, WIDE, gl.SliceLayout(1, flat)), gl.arange(0, PAIRS, gl.SliceLayout(0, flat))
     pair = gl.load(vk + d[:, None] * (D // 2) + e[None, :], mask=(d < D)[:, None] & (e < D // 2)[None, :], other=0)
     even, odd = pair.to(gl.int32).to(gl.float32, bitcast=True), (pair >> 32).to(gl.int32).to(gl.float32, bitcast=True)
     largest = gl.maximum(gl.max(gl.max(gl.maximum(gl.abs(even), gl.abs(odd)), 0), 0), 1e-30)
     state_a.store((even / largest).to(gl.float16))
     state_b.store((odd / largest).to(gl.float16))
     fence_async_shared()
+    barrier()
     return largest
 
 
 @gluon.jit
-def _ask_queries(qkv, turns, q_tiles, t_tiles, ready, tile, batch, first, column):
-    """One tile into its place."""
-    slot, n = tile % OUT_STAGES, first + tile * OUT_ROWS
-    mbarrier.expect(ready.index(slot), 2 * OUT_ROWS * WIDE * 2)
-    tma.async_copy_global_to_shared(qkv, [batch, n, column], ready.index(slot), q_tiles.index(slot))
-    tma.async_copy_global_to_shared(turns, [n, 0], ready.index(slot), t_tiles.index(slot))
-
-
-@gluon.jit(do_not_specialize=["tokens", "heads", "tiles"])
-def attention_outputs_kernel(
-    qkv, turns, weight, vk, ksum, given, out, tokens, heads, tiles, eps, D: gl.constexpr, FP8: gl.constexpr,
-):
-    """``(state q') / (ksum . q + eps)`` for ``tiles`` tiles of one head, see ``kernels_attention.py``. ``vk`` comes as int64."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[OUT_WARPS, 1], instr_shape=[16, WIDE, 16])
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
-    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    row = gl.program_id(0)
-    batch, head = row // heads, row % heads
-    first = gl.program_id(1) * tiles * OUT_ROWS
-    count = gl.minimum(tiles, (tokens - first + OUT_ROWS - 1) // OUT_ROWS)
-    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [OUT_STAGES, 1, OUT_ROWS, WIDE], qkv.layout)
-    t_tiles = gl.allocate_shared_memory(gl.int32, [OUT_STAGES, OUT_ROWS, PAIRS], turns.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [OUT_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(OUT_STAGES):
-        mbarrier.init(ready.index(stage), count=1)
+def leave(result, place, out, batch, first, head):
+    """A tile of a head's result, through ``place`` in shared memory, to where it belongs in ``out [B, N, heads, D]``: beyond its
+    head and the last token nothing is written. The place is free again after ``tma.store_wait``."""
+    place.reshape((OUT_ROWS, WIDE)).store(result.to(out.dtype))
     fence_async_shared()
     barrier()
-    for stage in gl.static_range(OUT_STAGES):
-        if stage < count:
-            _ask_queries(qkv, turns, q_tiles, t_tiles, ready, stage, batch, first, head * D)
-    state_a = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
-    state_b = gl.allocate_shared_memory(gl.float16, [WIDE, PAIRS], shared)
-    vk += row.to(gl.int64) * (D * D // 2)
-    out += (batch * tokens).to(gl.int64) * (heads * D)
-    largest = _hold_state(vk, state_a, state_b, D, FP8)
+    tma.async_copy_shared_to_global(out, [batch, first, head, 0], place)
+
+
+@gluon.jit
+def _ask_queries(qkv, turns, q_tiles, t_tiles, ready, empty, batch, first, head, count, D: gl.constexpr):
+    """As ``_ask``, queries."""
+    for i in range(count):
+        slot, n = i % OUT_STAGES, first + i * OUT_ROWS
+        mbarrier.wait(empty.index(slot), (i // OUT_STAGES & 1) ^ 1)
+        mbarrier.expect(ready.index(slot), 3 * OUT_ROWS * WIDE * 2)
+        for h in gl.static_range(2):
+            tma.async_copy_global_to_shared(qkv, [batch, n, (head + h) * D], ready.index(slot), q_tiles.index(2 * slot + h))
+        tma.async_copy_global_to_shared(turns, [n, 0], ready.index(slot), t_tiles.index(slot))
+
+
+@gluon.jit
+def _apply(q_tiles, t_tiles, places, states_a, states_b, ready, empty, weight, vk, ksum, given, out, batch, first, head, heads,
+           count, eps, OWN: gl.constexpr, D: gl.constexpr, FP8: gl.constexpr):
+    """One head's results for the tiles; one leaves while the next is made."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[OUT_WARPS, 1], instr_shape=[16, WIDE, 16])
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+    head += OWN
+    row = batch * heads + head
+    state_a, state_b = states_a.index(OWN), states_b.index(OWN)
+    largest = _hold_state(vk + row.to(gl.int64) * (D * D // 2), state_a, state_b, D)
     if FP8:
         largest /= gl.load(given)
     j = gl.arange(0, PAIRS, gl.SliceLayout(0, left))
@@ -231,40 +208,47 @@ def attention_outputs_kernel(
     for i in range(count):
         slot = i % OUT_STAGES
         mbarrier.wait(ready.index(slot), i // OUT_STAGES & 1)
-        a, b = _channels(_words(q_tiles.index(slot), OUT_ROWS).load(left))
+        a, b = _channels(_words(q_tiles.index(2 * slot + OWN), OUT_ROWS).load(left))
         a, b = gl.maximum(a * gain_a[None, :], 0.0), gl.maximum(b * gain_b[None, :], 0.0)
         times = 1.0 / gl.maximum(gl.max(gl.maximum(a, b), 1), 1e-30)
         below = (gl.sum(a * total_a[None, :] + b * total_b[None, :], 1) + eps) * times
         c, s = _turn(t_tiles.index(slot).load(left))
         c, s = c * times[:, None], s * times[:, None]
         turned_a, turned_b = (a * c - b * s).to(gl.float16), (a * s + b * c).to(gl.float16)
-        barrier()
-        if i + OUT_STAGES < count:
-            _ask_queries(qkv, turns, q_tiles, t_tiles, ready, i + OUT_STAGES, batch, first, head * D)
         above = gl.zeros((OUT_ROWS, WIDE), gl.float32, layout)
         above = warpgroup_mma(turned_a, state_a.permute((1, 0)), above, use_acc=False, is_async=True)
         above = warpgroup_mma(turned_b, state_b.permute((1, 0)), above, is_async=True)
+        tma.store_wait(0)  # the tile before has left
+        barrier()
+        mbarrier.arrive(empty.index(slot), count=1)
         above = warpgroup_mma_wait(0, deps=[above])
-        put(above * gl.convert_layout(largest / below, gl.SliceLayout(1, layout))[:, None], out, first + i * OUT_ROWS, head,
-            tokens, heads, D, FP8)
+        leave(above * gl.convert_layout(largest / below, gl.SliceLayout(1, layout))[:, None], places.index(OWN), out, batch,
+              first + i * OUT_ROWS, head)
+    tma.store_wait(0)
 
 
-@gluon.jit
-def put(result, out, first, head, tokens, heads, D: gl.constexpr, FP8: gl.constexpr):
-    """A tile of the result where it belongs, 16 bytes a thread."""
-    if FP8:
-        layout: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 8], [0, 64], [8, 0]], [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-            [OUT_ROWS, WIDE])
-        kind: gl.constexpr = gl.float8e4nv
-    else:
-        layout: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-            [OUT_ROWS, WIDE])
-        kind: gl.constexpr = gl.bfloat16
-    result = gl.convert_layout(_ordered(result.to(kind), FP8), layout)
-    n = first + gl.arange(0, OUT_ROWS, gl.SliceLayout(1, layout))
-    d = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
-    out += first.to(gl.int64) * (heads * D) + head * D
-    at = (n - first)[:, None] * (heads * D) + d[None, :]
-    gl.store(out + at, result, mask=(n < tokens)[:, None] & (d < D)[None, :])
+@gluon.jit(do_not_specialize=["tokens", "heads", "tiles"])
+def attention_outputs_kernel(
+    qkv, turns, weight, vk, ksum, given, out, tokens, heads, tiles, eps, D: gl.constexpr, FP8: gl.constexpr,
+):
+    """``(state q') / (ksum . q + eps)`` for ``tiles`` tiles of two heads, see ``kernels_attention.py``. ``vk`` comes as int64,
+    ``out [B, N, heads, D]`` as a descriptor."""
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    row = gl.program_id(0)
+    batch, head = row // (heads // 2), row % (heads // 2) * 2
+    first = gl.program_id(1) * tiles * OUT_ROWS
+    count = gl.minimum(tiles, (tokens - first + OUT_ROWS - 1) // OUT_ROWS)
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [2 * OUT_STAGES, 1, OUT_ROWS, WIDE], qkv.layout)
+    t_tiles = gl.allocate_shared_memory(gl.int32, [OUT_STAGES, OUT_ROWS, PAIRS], turns.layout)
+    places = gl.allocate_shared_memory(out.dtype, [2, 1, OUT_ROWS, 1, WIDE], out.layout)
+    states_a = gl.allocate_shared_memory(gl.float16, [2, WIDE, PAIRS], shared)
+    states_b = gl.allocate_shared_memory(gl.float16, [2, WIDE, PAIRS], shared)
+    ready, empty = barriers(OUT_STAGES, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_apply, (q_tiles, t_tiles, places, states_a, states_b, ready, empty, weight, vk, ksum, given, out, batch, first, head,
+                  heads, count, eps, 0, D, FP8)),
+        (_apply, (q_tiles, t_tiles, places, states_a, states_b, ready, empty, weight, vk, ksum, given, out, batch, first, head,
+                  heads, count, eps, 1, D, FP8)),
+        (_ask_queries, (qkv, turns, q_tiles, t_tiles, ready, empty, batch, first, head, count, D)),
+    ], [OUT_WARPS, 1], [232, 40])  # as above

@@ -2,8 +2,8 @@
 
 Import only where Triton has Gluon; called by ``softmax_fused.py``, after ``query_factor_kernel``. As in ``kernels_text.py`` the
 queries are multiplied as they come. A head's text stays in shared memory; one warp asks for queries, two or three groups of four
-take turns with them, so that the exponentials of one run beside the products of another. More than CHUNK tokens of text are taken
-piece by piece, and what came before is scaled by what the largest score has grown.
+take turns with them, so that the exponentials of one run beside the products of another; results leave from where the queries
+were. More than CHUNK tokens of text are taken piece by piece, and what came before is scaled by what the largest score has grown.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .kernels_linear import OUT_ROWS as ROWS
 from .kernels_linear import OUT_WARPS as WARPS
-from .kernels_linear import WIDE, channel, put
+from .kernels_linear import WIDE, leave
 from .kernels_onto import barrier, barriers
 
 
@@ -49,62 +49,87 @@ def _scores(query, keys, D: gl.constexpr, CHUNK: gl.constexpr, layout: gl.conste
 
 
 @gluon.jit
-def _piece(score, each, values, above, below, most, MORE: gl.constexpr):
-    """One piece of the text: (sum of its values, sum of its shares, the largest score so far); MORE: with what came before."""
-    layout: gl.constexpr = above.type.layout
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+def _shares(score, each, below, most, layout: gl.constexpr, MORE: gl.constexpr):
+    """Softmax of one piece of the text: (its shares as the product takes them, their sum, the largest score so far, how much what
+    came before counts now); MORE: something came before."""
     largest = gl.max(score, 1) * each
+    grown = gl.zeros_like(largest)
     if MORE:
         largest = gl.maximum(largest, most)
         grown = _exp2(most - largest)
         below *= grown
-        above *= gl.convert_layout(grown, gl.SliceLayout(1, layout))[:, None]
     share = _exp2(score * each[:, None] - largest[:, None])
     below += gl.sum(share, 1)
-    share = gl.convert_layout(share.to(gl.bfloat16), left)
-    return warpgroup_mma(share, values, above, use_acc=MORE), below, largest
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+    return gl.convert_layout(share.to(gl.bfloat16), left), below, largest, gl.convert_layout(grown, gl.SliceLayout(1, layout))
 
 
 @gluon.jit
-def _attend(tiles, keys, values, ready, empty, factor, given, out, first, head, heads, tokens, words, count, scale,
+def _scale_of(factor, n, tokens, scale, HAS_NORM: gl.constexpr):
+    """What the scores of tokens n are multiplied with."""
+    each = gl.full(n.shape, 1.0, gl.float32, n.type.layout) * scale
+    if HAS_NORM:
+        each *= gl.load(factor + n, mask=n < tokens, other=1.0)
+    return each
+
+
+@gluon.jit
+def _attend(tiles, keys, values, ready, empty, factor, given, out, row, first, head, tokens, words, count, scale,
             OWN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, HAS_NORM: gl.constexpr, D: gl.constexpr,
             FP8: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr):
-    """Tiles of one group: their scores, softmax, and sums of the values."""
+    """Tiles of one group: their scores, softmax, and sums of the values; each leaves from where its queries were.
+
+    Two products are made together: a piece's sums of values, and the scores of the piece or the tile after.
+    """
     scored: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, CHUNK, 16])
     summed: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDE, 16])
-    row: gl.constexpr = gl.SliceLayout(1, scored)
+    line: gl.constexpr = gl.SliceLayout(1, scored)
     last = gl.arange(0, CHUNK, gl.SliceLayout(0, scored)) < words - (CHUNKS - 1) * CHUNK
+    n = first + gl.arange(0, ROWS, line)
+    score, each = gl.zeros((ROWS, CHUNK), gl.float32, scored), gl.zeros((ROWS,), gl.float32, line)
+    if OWN < count:
+        each = _scale_of(factor, n + OWN * ROWS, tokens, scale, HAS_NORM)
+        mbarrier.wait(ready.index(OWN), 0)
+        score = warpgroup_mma_wait(0, deps=[_scores(tiles.index(OWN), keys.index(0), D, CHUNK, scored)])
     for i in range(OWN, count, GROUPS):
-        slot = i % STAGES
-        n = first + i * ROWS + gl.arange(0, ROWS, row)
-        each = gl.full((ROWS,), 1.0, gl.float32, row) * scale
-        if HAS_NORM:
-            each *= gl.load(factor + n, mask=n < tokens, other=1.0)
-        mbarrier.wait(ready.index(slot), i // STAGES & 1)
-        query = tiles.index(slot)
+        query, after = tiles.index(i % STAGES), i + GROUPS
+        after_each = _scale_of(factor, n + after * ROWS, tokens, scale, HAS_NORM)
         above = gl.zeros((ROWS, WIDE), gl.float32, summed)
-        most, below = gl.full((ROWS,), float("-inf"), gl.float32, row), gl.zeros((ROWS,), gl.float32, row)
-        score = warpgroup_mma_wait(0, deps=[_scores(query, keys.index(0), D, CHUNK, scored)])
+        most, below = gl.full((ROWS,), float("-inf"), gl.float32, line), gl.zeros((ROWS,), gl.float32, line)
         for c in range(CHUNKS - 1):
-            after = _scores(query, keys.index(c + 1), D, CHUNK, scored)  # made beside the exponentials
-            above, below, most = _piece(score, each, values.index(c), above, below, most, True)
-            score = warpgroup_mma_wait(0, deps=[after])
-        mbarrier.arrive(empty.index(slot), count=1)
-        score = gl.where(last[None, :], score, float("-inf"))
-        above, below, most = _piece(score, each, values.index(CHUNKS - 1), above, below, most, CHUNKS > 1)
+            share, below, most, grown = _shares(score, each, below, most, summed, True)
+            above = warpgroup_mma(share, values.index(c), above * grown[:, None], is_async=True)
+            score = _scores(query, keys.index(c + 1), D, CHUNK, scored)
+            above, score, share = warpgroup_mma_wait(0, deps=[above, score, share])
+        if i >= GROUPS:  # the tile before has left
+            tma.store_wait(0)
+            barrier()
+            mbarrier.arrive(empty.index((i - GROUPS) % STAGES), count=1)
+        share, below, most, grown = _shares(gl.where(last[None, :], score, float("-inf")), each, below, most, summed, CHUNKS > 1)
+        if CHUNKS > 1:
+            above *= grown[:, None]
+        if after < count:
+            mbarrier.wait(ready.index(after % STAGES), after // STAGES & 1)
+        above = warpgroup_mma(share, values.index(CHUNKS - 1), above, use_acc=CHUNKS > 1, is_async=True)
+        score = _scores(tiles.index(after % STAGES), keys.index(0), D, CHUNK, scored)  # after the last tile, of anything
+        above, score, share = warpgroup_mma_wait(0, deps=[above, score, share])
         if FP8:
             below *= gl.load(given)
         above *= gl.convert_layout(1.0 / below, gl.SliceLayout(1, summed))[:, None]
-        put(above, out, first + i * ROWS, head, tokens, heads, D, FP8)
+        place = query._reinterpret(out.dtype, [16 // out.dtype.primitive_bitwidth, 1, ROWS, 1, WIDE], out.layout).index(0)
+        leave(above, place, out, row, first + i * ROWS, head)
+        each = after_each
+    tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tokens", "heads", "words", "tiles"])
+@gluon.jit(do_not_specialize=["row", "tokens", "words", "tiles"])
 def text_softmax_kernel(
-    q, factor, weight, k, v, given, out, tokens, heads, words, tiles, k_row, v_row, scale, HAS_NORM: gl.constexpr,
+    q, factor, weight, k, v, given, out, row, tokens, words, tiles, k_row, v_row, scale, HAS_NORM: gl.constexpr,
     D: gl.constexpr, FP8: gl.constexpr, CHUNK: gl.constexpr, CHUNKS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Softmax attention of ``tiles`` tiles of queries of one head over ``words`` text tokens (at most CHUNKS * CHUNK), of one row
-    of a batch. ``q [N, C]`` is a descriptor. ``scale`` counts in powers of two. FP8: the output is over ``given []``."""
+    of a batch. ``q [N, C]`` and ``out [B, N, heads, D]``, of which row ``row`` is made, are descriptors. ``scale`` counts in
+    powers of two. FP8: the output is over ``given []``."""
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     head = gl.program_id(0)
@@ -115,7 +140,6 @@ def text_softmax_kernel(
     values = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, CHUNK, WIDE], shared)
     ready, empty = barriers(STAGES, 1)
     d = gl.arange(0, WIDE, gl.SliceLayout(0, flat))
-    place = channel(d, FP8)  # where a column of the values belongs, see there
     for c in gl.static_range(CHUNKS):
         w = c * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, flat))
         key = gl.load(k + w[:, None] * k_row + (head * D + d)[None, :], mask=(w < words)[:, None] & (d < D)[None, :], other=0.0)
@@ -123,26 +147,25 @@ def text_softmax_kernel(
             gain = gl.load(weight + head * D + d, mask=d < D, other=0.0).to(gl.float32)
             key = (key.to(gl.float32) * gain[None, :]).to(gl.bfloat16)
         keys.index(c).store(key)
-        value = gl.load(v + w[:, None] * v_row + (head * D + place)[None, :], mask=(w < words)[:, None] & (place < D)[None, :],
-                        other=0.0)
+        value = gl.load(v + w[:, None] * v_row + (head * D + d)[None, :], mask=(w < words)[:, None] & (d < D)[None, :], other=0.0)
         values.index(c).store(value)
     fence_async_shared()
     barrier()
     if GROUPS == 3:
         gl.warp_specialize([
-            (_attend, (queries, keys, values, ready, empty, factor, given, out, first, head, heads, tokens, words, count, scale,
+            (_attend, (queries, keys, values, ready, empty, factor, given, out, row, first, head, tokens, words, count, scale,
                        0, GROUPS, STAGES, HAS_NORM, D, FP8, CHUNK, CHUNKS)),
-            (_attend, (queries, keys, values, ready, empty, factor, given, out, first, head, heads, tokens, words, count, scale,
+            (_attend, (queries, keys, values, ready, empty, factor, given, out, row, first, head, tokens, words, count, scale,
                        1, GROUPS, STAGES, HAS_NORM, D, FP8, CHUNK, CHUNKS)),
-            (_attend, (queries, keys, values, ready, empty, factor, given, out, first, head, heads, tokens, words, count, scale,
+            (_attend, (queries, keys, values, ready, empty, factor, given, out, row, first, head, tokens, words, count, scale,
                        2, GROUPS, STAGES, HAS_NORM, D, FP8, CHUNK, CHUNKS)),
             (_ask_queries, (q, queries, ready, empty, first, head * D, count, STAGES)),
         ], [WARPS, WARPS, 1], [152, 152, 40])
     else:
         gl.warp_specialize([
-            (_attend, (queries, keys, values, ready, empty, factor, given, out, first, head, heads, tokens, words, count, scale,
+            (_attend, (queries, keys, values, ready, empty, factor, given, out, row, first, head, tokens, words, count, scale,
                        0, GROUPS, STAGES, HAS_NORM, D, FP8, CHUNK, CHUNKS)),
-            (_attend, (queries, keys, values, ready, empty, factor, given, out, first, head, heads, tokens, words, count, scale,
+            (_attend, (queries, keys, values, ready, empty, factor, given, out, row, first, head, tokens, words, count, scale,
                        1, GROUPS, STAGES, HAS_NORM, D, FP8, CHUNK, CHUNKS)),
             (_ask_queries, (q, queries, ready, empty, first, head * D, count, STAGES)),
         ], [WARPS, 1], [232, 40])

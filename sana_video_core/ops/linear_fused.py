@@ -23,7 +23,7 @@ def linear_attention(
     given: Tensor | None = None,
 ) -> tuple[Tensor | Rows, Contribution]:
     """See ``reference.linear_attention`` (``quality``); rounded as in ``fused.linear_attention``. With the 2B network's 20
-    heads, which are summed in pairs, one and two programs for each of an H200's 132 processors."""
+    heads, which are taken in pairs, a program for each of an H200's 132 processors."""
     qkv, q_weight, k_weight, cos, sin = (t.contiguous() for t in (qkv, q_weight, k_weight, cos, sin))
     batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     dim, kernels = width // heads, _kernels("kernels_linear")
@@ -44,9 +44,10 @@ def linear_attention(
         own, total = _totals(vk, ksum, history)
         rows, warps = kernels.OUT_ROWS.value, kernels.OUT_WARPS.value
         tiles, programs = programs_of(tokens, rows)
-        kernels.attention_outputs_kernel[(batch * heads, programs)](
+        kernels.attention_outputs_kernel[(batch * heads // 2, programs)](
             pieces(qkv, 1, rows, 128), pieces(turns, rows, 64), q_weight, total.vk.view(torch.int64), total.ksum,
-            cos if given is None else given, out, tokens, heads, tiles, eps, D=dim, FP8=given is not None, num_warps=warps)
+            cos if given is None else given, pieces(out.view(batch, tokens, heads, dim), 1, rows, 1, 128), tokens, heads, tiles,
+            eps, D=dim, FP8=given is not None, num_warps=warps)
     return out if given is None else Rows(out, given), own
 
 
@@ -76,7 +77,7 @@ def refuses(qkv, q_weight, k_weight, cos, sin, heads, *rest, **options) -> str |
     if dim <= 64 or dim % 16:
         return f"is made for heads of 80, 96, 112 or 128 channels, this one has {dim}"
     if heads % 2:
-        return f"sums two heads side by side, here are {heads}"
+        return f"takes two heads side by side, here are {heads}"
     return misplaced(qkv) or (gluon_fault(qkv.device) if qkv.is_cuda else None)
 
 

@@ -43,13 +43,14 @@ def add_product_fp8(
     their neighbours in time (K is then three times their channels). ``given``: the answer is the same in E4M3 at that scale,
     from sums that are not rounded to the dtype of x before; without it, x.
     """
-    values = y.values.float() * y.scale
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    values = y.values.to(sums) * y.scale
     if frames:
         wide = values.unflatten(0, (len(x), frames + 2, -1))
         values = torch.cat((wide[:, :-2], wide[:, 1:-1], wide[:, 2:]), -1)
-    total = values.reshape(*x.shape[:2], -1) @ (weight.values.float() * weight.scale).t()
+    total = values.reshape(*x.shape[:2], -1) @ (weight.values.to(sums) * weight.scale).t()
     for part in (bias, extra):
         total = total if part is None else total + part
-    total = x.float() + (total if gate is None else gate * total)
+    total = x.to(sums) + (total if gate is None else gate * total)
     x.copy_(total)
     return x if given is None else given_fp8(total, given)

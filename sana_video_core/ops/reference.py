@@ -2,7 +2,8 @@
 
 Layout everywhere: tokens ``[B, N, C]`` contiguous, ordered frame, row, column; heads are consecutive channel groups.
 Two precisions. ``quality``: sums, denominator and rotation in float32, one rounding at the end. ``parity``: the rounding
-of the official half-precision run at every step (model spec 1.13, causal spec 1.3). In float32 they agree to rounding.
+of the official half-precision run at every step (model spec 1.13, causal spec 1.3). In float32 they agree to rounding. What
+is said to be float32 inside is float64 where the input is: that is the truth which errors are measured against.
 Sources: model spec 1.5-1.10, causal spec 1-2. Not covered: fused kernels (the other files of this folder).
 """
 
@@ -21,8 +22,8 @@ E4M3_MAX, E4M3_LEAST = 448.0, 1e-30  # the format's largest value; the smallest 
 class Contribution(NamedTuple):
     """What one block of frames adds to a layer's attention state.
 
-    ``vk`` ``[B, H, Dv, Dk]``: sum over tokens of v k'^T with rotated keys, value index first; float32.
-    ``ksum`` ``[B, H, 1, D]``: sum of the un-rotated keys; float32, or the model dtype in parity mode.
+    ``vk`` ``[B, H, Dv, Dk]``: sum over tokens of v k'^T with rotated keys, value index first; float32 (float64 of float64).
+    ``ksum`` ``[B, H, 1, D]``: sum of the un-rotated keys; as ``vk``, or the model dtype in parity mode.
     """
 
     vk: Tensor
@@ -36,11 +37,16 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float32; as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis; float32 inside, also for the product with ``weight`` (model spec 1.5)."""
-    y = x.float()
+    y = _wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y if weight is None else weight.float() * y).to(x.dtype)
+    return (y if weight is None else weight.to(y.dtype) * y).to(x.dtype)
 
 
 def _per_frame(x: Tensor, rows: Tensor) -> Tensor:
@@ -92,12 +98,12 @@ def linear_attention(
     dtype = qkv.dtype
     q, k, v = qkv.chunk(3, -1)
     if not parity:
-        q, k, v = q.float(), k.float(), v.float()
+        q, k, v = _wide(q), _wide(k), _wide(v)
     q = F.relu(rms_norm(q, q_weight, norm_eps)).unflatten(-1, (heads, -1))
     k = F.relu(rms_norm(k, k_weight, norm_eps)).unflatten(-1, (heads, -1))
     v = v.unflatten(-1, (heads, -1))
-    q_rot, k_rot = rotate(q, cos, sin).float(), rotate(k, cos, sin).float()
-    own = Contribution(v.float().permute(0, 2, 3, 1) @ k_rot.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3).sum(-2, True))
+    q_rot, k_rot = _wide(rotate(q, cos, sin)), _wide(rotate(k, cos, sin))
+    own = Contribution(_wide(v).permute(0, 2, 3, 1) @ k_rot.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3).sum(-2, True))
     vk, ksum = own
     if history is not None:
         vk, ksum = vk + history.vk, ksum + history.ksum

@@ -40,14 +40,15 @@ def softmax_attention(
     dim, kernels, fp8 = channels // heads, _kernels("kernels_softmax"), given is not None
     rows, scale = kernels.ROWS.value, dim**-0.5 * 1.4426950408889634  # scores count in powers of two
     tiles, programs = programs_of(tokens, rows)
+    goal = pieces(out.view(-1, tokens, heads, dim), 1, rows, 1, 128)
     with torch.cuda.device_of(q):
         for i, words in enumerate(lengths):
             if norm is not None:
                 _kernels("kernels_text").query_factor_kernel[(tokens,)](
                     q[i], factor, tokens, eps, **_row(channels), TOKENS=1, num_warps=1)
             kernels.text_softmax_kernel[(heads, programs)](
-                pieces(q[i], rows, 128), factor, weight, k[i], v[i], given if fp8 else factor, out[i], tokens, heads, words,
-                tiles, k.stride(1), v.stride(1), scale, HAS_NORM=norm is not None, D=dim, FP8=fp8, **_form(words),
+                pieces(q[i], rows, 128), factor, weight, k[i], v[i], given if fp8 else factor, goal, i, tokens, words, tiles,
+                k.stride(1), v.stride(1), scale, HAS_NORM=norm is not None, D=dim, FP8=fp8, **_form(words),
                 num_warps=kernels.WARPS.value)
     return Rows(out, given) if fp8 else out
 

@@ -1,11 +1,12 @@
 """What each precision costs the embedded model, measured in ComfyUI's own layers: errors of weights and of whole passes.
 
-    .runtime/venv/bin/python tests/comfy/precision_report.py [fp8 int8 mxfp8 nvfp4] [--every] [--clips N] [--calibrated]
+    .runtime/venv/bin/python tests/comfy/precision_report.py [fp8 int8 mxfp8 nvfp4] [--every] [--clips N]
+        [--calibrated | --own]
 
 On a CPU fp8, mxfp8 and nvfp4 weights are expanded for the product, so the first figure is the error of the weights alone. The
 second is that of a card which multiplies in the format: fp8 does so here too, for the others the layers' inputs are rounded.
 ``--clips`` lets the judge read clips made in that second way. ``--calibrated``: fp8 with input scales, found on another prompt
-and other noise.
+and other noise. ``--own``: with those that the Loader finds without a prompt where a card multiplies in fp8.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ def as_on_a_card(model):
             m._full_precision_mm = old
 
 
-def loaded(path: Path, precision: str, other=None):
-    """A patcher; fp8 with input scales where ``other``, a caption and its mask, is given."""
-    if other is None or precision != "fp8":
+def loaded(path: Path, precision: str, look=None):
+    """A patcher; fp8 with the input scales that ``look(patcher)`` asks for, where it is given."""
+    if look is None or precision != "fp8":
         return ip.pack_module("nodes.loading").load_diffusion(str(path), precision)
 
     def run(patcher) -> None:
         with as_on_a_card(patcher.model):
-            velocities(patcher, *other, seed=1)
+            look(patcher)
 
     return ip.pack_module("nodes.calibrate").calibrated((str(path), "fp8", "auto"), run)[0]
 
@@ -95,10 +96,10 @@ def velocities(patcher, caption, mask, seed: int = 0) -> torch.Tensor:
         return torch.cat([network(latent, torch.tensor([time]), caption, attention_mask=mask).float() for time in TIMES])
 
 
-def measure(precision: str, path: Path, caption, mask, other=None) -> tuple[list, dict[str, float]]:
+def measure(precision: str, path: Path, caption, mask, look=None) -> tuple[list, dict[str, float]]:
     """(LayerErrors, {what: relative error of the whole pass}) of the model at ``path`` in ``precision``."""
     report, checkpoint = ip.pack_module("sana_video_core.quant.report"), ip.pack_module("sana_video_core.checkpoint")
-    plain, model = loaded(path, "fp32"), loaded(path, precision, other)
+    plain, model = loaded(path, "fp32"), loaded(path, precision, look)
     exact = velocities(plain, caption, mask)
     state, _ = checkpoint.read_state_dict(path)
     rows = weight_errors(model, checkpoint.convert(state, plain.model.spec))
@@ -110,12 +111,12 @@ def measure(precision: str, path: Path, caption, mask, other=None) -> tuple[list
     return rows, whole
 
 
-def judged(precision: str, path: Path, clips: int, other=None) -> float:
+def judged(precision: str, path: Path, clips: int, look=None) -> float:
     """Adherence of ``clips`` clips of the embedded model in ``precision``."""
     evaluate = ip.pack_module("sana_video_core.mini.evaluate")
     judge = ip.pack_module("sana_video_core.mini.judge")
     forward = ip.pack_module("sana_video_core.dit").SanaVideoTransformer.forward
-    inner = loaded(path, precision, other).model
+    inner = loaded(path, precision, look).model
     inner.diffusion_model.compute_dtype = inner.get_dtype_inference()
 
     class Network(torch.nn.Module):
@@ -140,7 +141,9 @@ def main() -> None:
     parser.add_argument("precisions", nargs="*", help="default: all that this ComfyUI can")
     parser.add_argument("--every", action="store_true", help="a line for every layer")
     parser.add_argument("--clips", type=int, default=0, help="judge this many clips of each precision")
-    parser.add_argument("--calibrated", action="store_true", help="fp8 with input scales")
+    scales = parser.add_mutually_exclusive_group()
+    scales.add_argument("--calibrated", action="store_true", help="fp8 with input scales by another prompt")
+    scales.add_argument("--own", action="store_true", help="fp8 with input scales by the model's own short run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         ip.start(Path(work))
@@ -149,12 +152,17 @@ def main() -> None:
         text = ip.pack_module("sana_video_core.text.encode").load_text_encoder(files["text"])
         with torch.no_grad():
             caption, mask = text.positive([PROMPT])
-            other = text.positive([OTHER]) if options.calibrated else None
+            other = text.positive([OTHER])
+
+        def another(patcher) -> None:
+            velocities(patcher, *other, seed=1)
+
+        look = another if options.calibrated else ip.pack_module("nodes.calibrate").own_run if options.own else None
         for precision in options.precisions or ip.pack_module("nodes.lowbit").LOW_BIT:
-            rows, whole = measure(precision, files["transformer"], caption, mask, other)
+            rows, whole = measure(precision, files["transformer"], caption, mask, look)
             print(f"\n{precision}\n{table(rows, whole, options.every)}")
             if options.clips:
-                print(f"adherence of {options.clips} clips: {judged(precision, files['transformer'], options.clips, other):.3f}")
+                print(f"adherence of {options.clips} clips: {judged(precision, files['transformer'], options.clips, look):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hopper's own kernels of the linear attention on a CUDA device against float32 truth (``-m gpu``)."""
+"""Hopper's own kernels of the linear attention on a CUDA device against float64 truth (``-m gpu``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from kernelcases import flat
-from test_operators import CASES, DRAWS, REPEATS, TOLERANCE, draw, noise, poison, relative, wide
+from test_operators import CASES, DRAWS, REPEATS, TOLERANCE, draw, half_of_largest, noise, poison, relative, wide
 
 from sana_video_core import ops
 from sana_video_core.dit.embeddings import rope_table
@@ -44,15 +44,15 @@ def test_linear_attention(case):
 
 @pytest.mark.parametrize("case", range(CASES))
 def test_outputs_at_a_given_scale(case):
-    """As close to float32 as scaling the rounded output; the scale cuts what is beyond half of the largest value. 125 shapes."""
+    """As close to float64 as scaling the rounded output; the scale cuts what is beyond half of the largest value. 125 shapes."""
     for seed in range(case * DRAWS, (case + 1) * DRAWS, 4):
         args = call(seed)
         truth = reference.linear_attention(*wide(args))[0]
-        given = truth.abs().max() / 2 / reference.E4M3_MAX
+        given = half_of_largest(truth)
         poison(args[0])
         found, plain = (of.linear_attention(*args, given=given)[0] for of in (linear_fused, reference))
         right = truth.clamp(-given * reference.E4M3_MAX, given * reference.E4M3_MAX)
-        ours, theirs = ((r.values.float() * given - right).norm() for r in (found, plain))
+        ours, theirs = ((r.values.double() * given - right).norm() for r in (found, plain))
         assert found.scale is given and float(ours) <= 1.05 * float(theirs) + 1e-6 * float(right.norm())
 
 

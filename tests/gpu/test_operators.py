@@ -1,4 +1,4 @@
-"""The fused operators on a CUDA device against float32 truth, on random awkward shapes (``-m gpu``)."""
+"""The fused operators on a CUDA device against float64 truth, on random awkward shapes (``-m gpu``)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def noise(generator, *shape, scale=1.0):
 
 
 def wide(args):
-    return tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args)
+    """The same arguments in float64, those in a tuple too; a history's sums become it when they are added."""
+    return tuple(a.double() if isinstance(a, torch.Tensor) else wide(a) if type(a) is tuple else a for a in args)
+
+
+def half_of_largest(truth: torch.Tensor) -> torch.Tensor:
+    """The scale, float32, that takes half of the largest value to E4M3's largest."""
+    return (truth.abs().max() / 2 / reference.E4M3_MAX).float()
 
 
 def close_enough(name: str, args: tuple) -> None:
@@ -123,7 +129,7 @@ def mixed_in_time(of, u, frames, tail, weight, x, y, gate):
 
 @pytest.mark.parametrize("case", range(CASES))
 def test_temporal_convolution_by_pairs(case):
-    """Four products for six, against one of float64's and plain torch's own three neighbours."""
+    """Four products for six, against float64's and plain torch's own three neighbours."""
     for seed in range(case * DRAWS, (case + 1) * DRAWS):
         g, batch, frames, height, width, heads, dim = draw(seed)
         size, channels = height * width, heads * dim
@@ -132,7 +138,7 @@ def test_temporal_convolution_by_pairs(case):
         tail = None if seed % 2 else noise(g, batch, 1, size, channels)
         weight = noise(g, channels, 3 * channels, scale=(3 * channels) ** -0.5)
         args = u, frames, tail, weight, x, y, noise(g, batch, frames if seed % 3 == 2 else 1, channels)
-        truth, plain = by_taps(*(a.double() if isinstance(a, torch.Tensor) else a for a in args)), by_taps(*args)
+        truth, plain = by_taps(*wide(args)), by_taps(*args)
         poison(u)
         found = mixed_in_time(pairs_fused, *args)
         assert bool(torch.isfinite(found).all()) and relative(found, truth) <= TOLERANCE * max(relative(plain, truth), 1e-3)
@@ -159,7 +165,7 @@ def test_outputs_added_within_their_products(case):
         bias, gate, shift, scale = noise(g, channels), *(noise(g, batch, 1, channels) for _ in range(3))
         products = noise(g, batch, 4, (frames + 1) // 2 * size, channels).half()
         args = x, y, z, weight, into, bias, gate, shift, scale, products
-        truth, plain = added_afterwards(frames, *(a.double() for a in args)), added_afterwards(frames, *args)
+        truth, plain = added_afterwards(frames, *wide(args)), added_afterwards(frames, *args)
         poison(x)
         total, offset = fused_torch.add_product(x.clone(), y, weight, gate), gate * bias
         found = (total.double() + offset, fused_torch.shifted_product(total, offset, into, bias),
@@ -190,18 +196,17 @@ def text_call(seed: int):
 def test_text_attention(case):
     for seed in range(case * DRAWS, (case + 1) * DRAWS):
         name, args = text_call(seed)
-        *others, norm = wide(args)
         ours, truth = fused.softmax_attention, reference.softmax_attention
         poison(args[0])
         found = ours(*args)
-        expected = truth(*others, None if norm is None else (norm[0].float(), norm[1]))
+        expected = truth(*wide(args))
         assert found.shape == expected.shape and bool(torch.isfinite(found).all())
         assert relative(found, expected) <= TOLERANCE * max(relative(truth(*args), expected), 1e-3)
 
 
 @pytest.mark.parametrize("case", range(CASES))
 def test_rows_scaled_by_what_makes_them(case):
-    """The taps: the same bits as scaling them afterwards. The norms: as close to float32 as scaling the rounded norm."""
+    """The taps: the same bits as scaling them afterwards. The norms: as close to float64 as scaling the rounded norm."""
     for seed in range(case * DRAWS, (case + 1) * DRAWS):
         calls = dict(streaming_calls(seed))
         for name in ("modulate_norm", "residual_norm"):
@@ -209,7 +214,7 @@ def test_rows_scaled_by_what_makes_them(case):
             poison(args[0])
             found, plain = flat(getattr(fused, f"{name}_fp8")(*args)), flat(getattr(reference, f"{name}_fp8")(*args))
             expected = flat(getattr(reference, name)(*wide(args)))
-            made, theirs = ((r[-2].float() * r[-1] - expected[-1]).norm() for r in (found, plain))
+            made, theirs = ((r[-2].double() * r[-1] - expected[-1]).norm() for r in (found, plain))
             assert bool(torch.isfinite(found[-1]).all()) and float(made) <= 1.05 * float(theirs)
             if len(found) == 3:
                 assert relative(found[0], expected[0]) <= TOLERANCE * max(relative(plain[0], expected[0]), 1e-3)
@@ -232,18 +237,17 @@ def given_calls(seed: int):
 
 @pytest.mark.parametrize("case", range(CASES))
 def test_outputs_at_a_given_scale(case):
-    """As close to float32 as scaling the rounded output; the scale cuts what is beyond half of the largest value. 125 shapes."""
+    """As close to float64 as scaling the rounded output; the scale cuts what is beyond half of the largest value. 125 shapes."""
     for seed in range(case * DRAWS, (case + 1) * DRAWS, 4):
         for name, plain_name, args in given_calls(seed):
-            exact = tuple(wide(a) if type(a) is tuple and isinstance(a[0], torch.Tensor) else a for a in wide(args))
             which = int(name == "residual_norm_fp8")
-            truth = flat(getattr(reference, plain_name)(*exact))
-            given = truth[which].abs().max() / 2 / reference.E4M3_MAX
+            truth = flat(getattr(reference, plain_name)(*wide(args)))
+            given = half_of_largest(truth[which])
             poison(args[0])
             found, theirs = (flat(getattr(of, name)(*args, given=given)) for of in (fused, reference))
             which += name == "gated_residual_fp8"
             right = truth[0 if name != "residual_norm_fp8" else 1].clamp(-given * reference.E4M3_MAX, given * reference.E4M3_MAX)
-            ours, plain = ((r[which].float() * given - right).norm() for r in (found, theirs))
+            ours, plain = ((r[which].double() * given - right).norm() for r in (found, theirs))
             assert found[which].dtype == torch.float8_e4m3fn and found[which].shape == right.shape
             assert float(ours) <= 1.05 * float(plain) + 1e-6 * float(right.norm()), name
             if which == 1:
@@ -290,18 +294,17 @@ def test_network_chooses_the_fused_operators_and_stays_close(batch):
         p.data.copy_(torch.randn_like(p) * (0.3 if p.ndim < 2 else p[0].numel() ** -0.5))
     half = SanaVideoTransformer(spec, device="cuda", dtype=torch.bfloat16).eval()
     half.load_state_dict(exact.state_dict())
-    exact.load_state_dict({k: t.float() for k, t in half.state_dict().items()})
+    exact.double().load_state_dict(half.state_dict())
     latent = torch.randn(batch, 16, 5, 12, 20, device="cuda").bfloat16()
     caption = torch.randn(batch, 300, spec.caption_channels, device="cuda").bfloat16()
     mask = (torch.arange(300, device="cuda") < torch.tensor([[90], [7]], device="cuda")[:batch]).long()
     times = torch.full((batch,), 500.0, device="cuda")
     with torch.inference_mode():
-        truth = exact(latent.float(), times, caption.float(), mask)
         name, _, _ = ops.gated_depthwise.choose(torch.zeros(1, 4, 8, device="cuda").bfloat16(), None, None, (2, 2))
         assert name == "triton"
         found = half(latent, times, caption, mask)
         with ops.force("reference"):
-            plain = half(latent, times, caption, mask)
+            truth, plain = exact(latent.double(), times, caption.double(), mask), half(latent, times, caption, mask)
     assert relative(found, truth) <= TOLERANCE * relative(plain, truth)
 
 

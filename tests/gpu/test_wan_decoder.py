@@ -1,4 +1,4 @@
-"""The fused Wan decoder and its operators on a CUDA device against float32 truth (``-m gpu``)."""
+"""The fused Wan decoder and its operators on a CUDA device against float64 truth (``-m gpu``)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPEATS = 50
 
 @pytest.fixture(autouse=True)
 def exact_truth():
-    """float32 convolutions and products without TF32; everything as before afterwards."""
+    """Convolutions and products without TF32; everything as before afterwards."""
     products = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     with torch.backends.cudnn.flags(allow_tf32=False), torch.inference_mode():
@@ -79,7 +79,8 @@ class Draw:
 
 
 def wide(args):
-    return [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+    """The same arguments in float64."""
+    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
 
 
 def results(value, name: str) -> list[torch.Tensor]:
@@ -119,7 +120,7 @@ def test_attention():
     generator = torch.Generator("cuda").manual_seed(1)
     q, k, v = (torch.randn(3, 6240, 384, generator=generator, device="cuda").bfloat16() for _ in range(3))
     q = q * 3
-    truth, plain = frames.frame_attention(q.float(), k.float(), v.float()), frames.frame_attention(q, k, v)
+    truth, plain = frames.frame_attention(q.double(), k.double(), v.double()), frames.frame_attention(q, k, v)
     name, function, _ = ops.frame_attention.choose(q, k, v)
     assert name == "matmul" and relative(function(q, k, v), truth) <= TOLERANCE * relative(plain, truth)
 
@@ -133,11 +134,11 @@ def test_a_call_repeats_bit_for_bit():
 
 
 def networks(dim: int):
-    """The same weights, exact in bfloat16: (bfloat16, float32)."""
+    """The same weights, exact in bfloat16: (bfloat16, float64)."""
     half = random_vae(dim).bfloat16()
-    single = random_vae(dim).to("cuda")
-    single.load_state_dict(half.state_dict())
-    return half.to("cuda"), single
+    exact = random_vae(dim).double().to("cuda")
+    exact.load_state_dict(half.state_dict())
+    return half.to("cuda"), exact
 
 
 def latents(frames_: int, height: int = 6, width: int = 10, batch: int = 1):
@@ -148,10 +149,10 @@ def latents(frames_: int, height: int = 6, width: int = 10, batch: int = 1):
 @pytest.mark.parametrize("backend", ["triton", "cudnn"])
 @pytest.mark.parametrize(("dim", "batch"), [(16, 2), (32, 1), (96, 1)])
 def test_decoder_is_no_less_exact_than_plain_bfloat16(dim, batch, backend):
-    half, single = networks(dim)
+    half, exact = networks(dim)
     latent = latents(6, batch=batch)
     with ops.force("reference"):
-        truth, plain = single.decode(latent.float()), half.decode(latent)
+        truth, plain = exact.decode(latent.double()), half.decode(latent)
     assert fused.stream_latents.choose(latent, half, WanCache())[0] == "triton"
     with ops.force(backend, "causal_step", "time_double", "upsample_conv"):
         found = half.decode(latent)
