@@ -126,7 +126,9 @@ def load_scaled(path: str, precision: str = "auto", mode: str = "auto"):
 
 
 def own_run(patcher) -> None:
-    """A few Euler steps of a small clip from fixed noise and a made-up text: the weights decide how large inputs get."""
+    """A few Euler steps of a small clip from fixed noise and a made-up text: the weights decide how large inputs get. Shows its
+    progress on the running node."""
+    import comfy.utils
     import torch
 
     from .long import Network
@@ -138,9 +140,11 @@ def own_run(patcher) -> None:
     latent = torch.randn(shape, generator=generator).to(patcher.load_device)
     text = torch.randn(1, OWN_TOKENS, spec.caption_channels, generator=generator).to(patcher.load_device)
     sigmas = make_sigmas(FLOW_EULER, min(OWN_STEPS, spec.steps), spec.flow_shift).tolist()
+    bar = comfy.utils.ProgressBar(len(sigmas) - 1)
     with Network(patcher, shape) as network, torch.inference_mode():  # the network looks for Cancel in every block
         for sigma, after in itertools.pairwise(sigmas):
             latent = latent + (after - sigma) * network(latent, latent.new_tensor([1000 * sigma]), text).float()
+            bar.update(1)
 
 
 def load_calibrated(arguments: tuple, scales: dict[str, float], disable_dynamic: bool = False):

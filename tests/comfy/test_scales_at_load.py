@@ -183,6 +183,10 @@ def test_the_run_is_a_clip_of_half_the_size_by_eulers_rule(world, monkeypatch, s
             seen.append((float(timestep) / 1000, latent))
             return (latent - clean["clip"]) / timestep * 1000
 
+    import comfy.utils
+
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: shown.append((value, total)))
     monkeypatch.setattr(ip.pack_module("nodes.long"), "Network", Network)
     patcher = type("Patcher", (), {"model": type("Model", (), {"spec": spec}), "load_device": "cpu"})
     ip.pack_module("nodes.calibrate").own_run(patcher)
@@ -192,6 +196,7 @@ def test_the_run_is_a_clip_of_half_the_size_by_eulers_rule(world, monkeypatch, s
     assert (frames - 1) * spec.vae.stride[0] + 1 == 17
     for points, size, stride, patch in zip((width, height), spec.size, spec.vae.stride[:0:-1], spec.patch[:0:-1]):
         assert points % patch == 0 and 0.45 * size <= points * stride <= size / 2
+    assert shown[0] == (1, len(seen)) and shown[-1] == (len(seen), len(seen))  # those between may come too soon to be sent
     levels = [sigma for sigma, _ in seen]
     assert len(seen) == min(8, spec.steps) and levels[0] == 1 and all(a > b > 0 for a, b in itertools.pairwise(levels))
     for sigma, latent in seen:
