@@ -16,7 +16,11 @@ def poisoned_memory(monkeypatch):
     """Fresh memory holds NaN, so that a value nobody wrote is seen."""
     real = {"empty": torch.empty, "empty_like": torch.empty_like}
     for name, function in real.items():
-        monkeypatch.setattr(torch, name, lambda *a, f=function, **k: f(*a, **k).fill_(float("nan")))
+        monkeypatch.setattr(torch, name, lambda *a, f=function, **k: _poisoned(f(*a, **k)))
+
+
+def _poisoned(fresh: torch.Tensor) -> torch.Tensor:
+    return fresh.fill_(float("nan") if fresh.is_floating_point() else -1)
 
 
 def flat(value) -> list[torch.Tensor]:

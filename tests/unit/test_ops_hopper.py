@@ -1,6 +1,6 @@
 """What surrounds the kernels in Gluon: which calls they take, how work is cut for them, and the trial before their first use.
 
-Their values need a Hopper card (``tests/gpu``); that they build is ``test_ops_builds.py``.
+Their values: ``test_ops_gluon.py``, and on a Hopper card ``tests/gpu``; that they build is ``test_ops_builds.py``.
 """
 
 from __future__ import annotations
