@@ -268,6 +268,7 @@ class Program:
     def __init__(self, place: Sequence[int], grid: Sequence[int], seed: int):
         self.place, self.grid, self.random = place, grid, random.Random(seed)
         self.coming: list[Callable[[], None]] = []
+        self.partitions: list[Partition] = []
         self.current: Partition | None = None
 
     def some_happen(self) -> None:

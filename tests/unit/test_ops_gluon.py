@@ -28,6 +28,7 @@ def here(monkeypatch):
 
 
 def noise(seed: int):
+    """What makes a case's tensors; what happens beside its programs goes by the same seed."""
     g = torch.Generator().manual_seed(seed)
     gluon_cpu.Kernel.seed = seed
     return lambda *shape, scale=1.0: (torch.randn(shape, generator=g) * scale).bfloat16()
